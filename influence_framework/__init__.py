@@ -1,0 +1,99 @@
+"""Which training points pushed a PyTorch model towards or away from a prediction.
+
+Methods are composed by name::
+
+    import influence_framework as inf
+
+    model = inf.compose(net, loss, solver="cg", source="gauss_newton", hessian_regularization=1e-2)
+    model.fit(train_loader)
+    scores = model.influences(x_test, y_test, x_train, y_train)    # (n_test, n_train)
+
+A positive score means that up-weighting the training point lowers the test loss; removing it from n
+training points changes the test loss by about +score/n.
+"""
+
+from influence_framework.bridges import from_scipy, to_scipy
+from influence_framework.compose import compose
+from influence_framework.errors import (
+    ConvergenceWarning,
+    IndefiniteOperatorWarning,
+    InfluenceError,
+    InvalidInputError,
+    MissingCapabilityError,
+    NonFiniteError,
+    NotFittedError,
+    PluginConflictError,
+    PluginError,
+    SingularOperatorError,
+    UnknownMethodError,
+    UnknownOptionError,
+)
+from influence_framework.hookspecs import hookimpl
+from influence_framework.influence import TorchInfluenceFunctionModel
+from influence_framework.objective import Objective, SupervisedObjective
+from influence_framework.operators import (
+    BlockDiagonalOperator,
+    DenseOperator,
+    Operator,
+)
+from influence_framework.parameters import Blocks, ParameterSpace
+from influence_framework.problem import Problem
+from influence_framework.protocols import (
+    Dense,
+    Diagonal,
+    HessianSource,
+    InfluenceFunctionModel,
+    InfluenceMode,
+    InverseOperator,
+    LayerStatistics,
+    LinearOperator,
+    Minibatches,
+    Solution,
+    Solver,
+    StopReason,
+)
+from influence_framework.registry import Registry, default_registry, hessian_sources, solvers
+
+__all__ = [
+    "BlockDiagonalOperator",
+    "Blocks",
+    "ConvergenceWarning",
+    "Dense",
+    "DenseOperator",
+    "Diagonal",
+    "HessianSource",
+    "IndefiniteOperatorWarning",
+    "InfluenceError",
+    "InfluenceFunctionModel",
+    "InfluenceMode",
+    "InvalidInputError",
+    "InverseOperator",
+    "LayerStatistics",
+    "LinearOperator",
+    "Minibatches",
+    "MissingCapabilityError",
+    "NonFiniteError",
+    "NotFittedError",
+    "Objective",
+    "Operator",
+    "ParameterSpace",
+    "PluginConflictError",
+    "PluginError",
+    "Problem",
+    "Registry",
+    "SingularOperatorError",
+    "Solution",
+    "Solver",
+    "StopReason",
+    "SupervisedObjective",
+    "TorchInfluenceFunctionModel",
+    "UnknownMethodError",
+    "UnknownOptionError",
+    "compose",
+    "default_registry",
+    "from_scipy",
+    "hessian_sources",
+    "hookimpl",
+    "solvers",
+    "to_scipy",
+]

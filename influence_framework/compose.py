@@ -1,0 +1,112 @@
+"""From names and options to objects."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args, get_type_hints
+
+from torch import nn
+
+from influence_framework.errors import InvalidInputError, UnknownOptionError
+from influence_framework.influence import TorchInfluenceFunctionModel
+from influence_framework.objective import Loss, Objective
+from influence_framework.problem import DEFAULT_MEMORY_BUDGET
+from influence_framework.protocols import HessianSource, Solver
+from influence_framework.registry import KINDS, Kind, Method, Registry, default_registry
+
+Spec = str | Mapping[str, Any]
+DEFAULT_SOURCE = "gauss_newton"
+
+
+def compose(
+    model: nn.Module,
+    loss: Loss | Objective,
+    *,
+    solver: Spec | Solver,
+    source: Spec | HessianSource | None = None,
+    blocks: str | Mapping[str, Sequence[str]] = "full",
+    hessian_regularization: float | Mapping[str, float] = 0.0,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    registry: Registry = default_registry,
+) -> TorchInfluenceFunctionModel:
+    """An influence model put together by name, not fitted yet.
+
+    Args:
+        model: A trained model in eval mode.
+        loss: ``loss(output, target) -> scalar``, or an :class:`Objective`.
+        solver: A name, a mapping ``{"name": ..., option: value, ...}``, or an instance. Options that are
+            solvers themselves, such as a preconditioner, are written the same way.
+        source: The curvature, likewise; left out, the solver's own choice, else ``"gauss_newton"``,
+            which is positive semidefinite where the Hessian of a trained net is usually not.
+        blocks: ``"full"``, ``"per_layer"``, ``"per_parameter"`` or a mapping from block name to parameter
+            names; curvature between blocks is left out.
+        hessian_regularization: λ of ``(C + λI)⁻¹``, in the units of the curvature of the *mean* loss; one
+            number, or one per block name.
+        memory_budget: Bytes for caches and intermediate results beside model, data and results.
+        registry: Where names are looked up.
+
+    Raises:
+        UnknownMethodError: No such name; the message lists what exists.
+        UnknownOptionError: No such option; the message lists the method's own.
+        InvalidInputError: Anything else that cannot be right.
+    """
+    chosen = resolve("solver", solver, registry)
+    if source is None:
+        source = getattr(chosen, "default_source", None) or DEFAULT_SOURCE
+    return TorchInfluenceFunctionModel(
+        model,
+        loss,
+        solver=chosen,
+        source=resolve("source", source, registry),
+        blocks=blocks,
+        hessian_regularization=hessian_regularization,
+        memory_budget=memory_budget,
+    )
+
+
+def resolve(kind: Kind, spec: Any, registry: Registry = default_registry) -> Any:
+    """The solver or source that ``spec`` (a name, a mapping or an instance) stands for."""
+    _, required, label = KINDS[kind]
+    if isinstance(spec, str):
+        return registry.lookup(kind, spec).create()
+    if isinstance(spec, Mapping):
+        if "name" not in spec:
+            raise UnknownOptionError(
+                f"A {label} given as a mapping needs the key 'name', got {sorted(map(str, spec))}."
+            )
+        method = registry.lookup(kind, spec["name"])
+        options = {option: value for option, value in spec.items() if option != "name"}
+        return method.create(**_resolve_nested(method, options, registry))
+    if inspect.isclass(spec):
+        raise InvalidInputError(
+            f"Got the class {spec.__qualname__} as {label}: pass an instance, {spec.__qualname__}(...)."
+        )
+    if not callable(getattr(spec, required, None)):
+        raise InvalidInputError(
+            f"Expected a {label} as a name, a mapping with 'name', or an instance with {required!r}, got "
+            f"{type(spec).__name__}."
+        )
+    return spec
+
+
+def _resolve_nested(method: Method, options: dict[str, Any], registry: Registry) -> dict[str, Any]:
+    """Replace names and mappings in options that are annotated as solvers by instances."""
+    nested = _solver_options(method.cls)
+    return {
+        option: resolve("solver", value, registry)
+        if option in nested and isinstance(value, str | Mapping)
+        else value
+        for option, value in options.items()
+    }
+
+
+def _solver_options(cls: type[Any]) -> set[str]:
+    hints: dict[str, Any] = {}
+    for owner in (cls, cls.__init__):
+        try:
+            hints |= get_type_hints(owner)
+        except (NameError, TypeError, AttributeError):
+            # Annotations that exist for the type checker alone cannot be looked up: nothing is nested.
+            continue
+    return {name for name, hint in hints.items() if Solver in (hint, *get_args(hint))}

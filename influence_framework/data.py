@@ -1,0 +1,156 @@
+"""Batches as nested tensors: counting, slicing, joining, and holding them in memory."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from influence_framework.errors import InvalidInputError
+
+Batch = Any
+"""What the data yields and the objective understands: tensors, tuples, lists and mappings of them."""
+
+
+def leaves(batch: Batch) -> Iterator[Tensor]:
+    """All tensors of a batch, depth first."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from leaves(value)
+    elif isinstance(batch, tuple | list):
+        for value in batch:
+            yield from leaves(value)
+
+
+def map_leaves(function: Callable[..., Any], batch: Batch, *others: Batch) -> Batch:
+    """``function`` of each tensor (and of the tensors at its place in ``others``), nested alike."""
+    if isinstance(batch, Tensor):
+        return function(batch, *others)
+    if isinstance(batch, Mapping):
+        return {key: map_leaves(function, value, *(o[key] for o in others)) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        parts = [map_leaves(function, value, *(o[index] for o in others)) for index, value in enumerate(batch)]
+        # A named tuple takes its fields one by one.
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    return batch
+
+
+def take(batch: Batch, index: slice | Tensor) -> Batch:
+    """The samples at ``index`` of every tensor."""
+    return map_leaves(lambda tensor: tensor[index], batch)
+
+
+def split(batch: Batch, size: int, at_most: int) -> Iterator[Batch]:
+    """The batch of ``size`` samples in pieces of at most ``at_most``."""
+    if size <= at_most:
+        yield batch
+        return
+    for start in range(0, size, at_most):
+        yield take(batch, slice(start, start + at_most))
+
+
+def _layout(batch: Batch) -> Any:
+    """What must agree for two batches to be joined."""
+    if isinstance(batch, Tensor):
+        return (tuple(batch.shape[1:]), batch.dtype, batch.device)
+    if isinstance(batch, Mapping):
+        return {key: _layout(value) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return (type(batch), [_layout(value) for value in batch])
+    return batch
+
+
+def join(batches: Sequence[Batch], sizes: Sequence[int], at_most: int) -> Iterator[Batch]:
+    """Neighbouring batches of the same layout joined to at most ``at_most`` samples, larger ones cut."""
+    group: list[Batch] = []
+    total = 0
+    for batch, size in zip(batches, sizes, strict=True):
+        if group and (total + size > at_most or _layout(batch) != _layout(group[0])):
+            yield _concatenate(group)
+            group, total = [], 0
+        if size > at_most:
+            yield from split(batch, size, at_most)
+        else:
+            group.append(batch)
+            total += size
+    if group:
+        yield _concatenate(group)
+
+
+def _concatenate(group: Sequence[Batch]) -> Batch:
+    return group[0] if len(group) == 1 else map_leaves(lambda *t: torch.cat(t), *group)
+
+
+def nbytes(batch: Batch) -> int:
+    """Memory of all tensors of a batch."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in leaves(batch))
+
+
+def check_reiterable(data: Any) -> None:
+    """Raise :class:`InvalidInputError` unless ``data`` can be iterated over again and again."""
+    if isinstance(data, torch.utils.data.Dataset) and not isinstance(data, torch.utils.data.IterableDataset):
+        raise InvalidInputError(
+            f"Got the dataset {type(data).__name__} where batches were expected: wrap it, "
+            "torch.utils.data.DataLoader(dataset, batch_size=...)."
+        )
+    if not isinstance(data, Iterable) or isinstance(data, Tensor | str | bytes | Mapping):
+        raise InvalidInputError(
+            f"Training data is a DataLoader or any re-iterable of batches (x, y), not {type(data).__name__}."
+        )
+    if isinstance(data, Iterator):
+        raise InvalidInputError(
+            f"Got a one-shot iterator ({type(data).__name__}): the data is read once for every product. "
+            "Pass a DataLoader, or a list of batches."
+        )
+
+
+def random_state() -> Any:
+    """Python's, NumPy's and torch's global random states on the host."""
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+def _set_random_state(state: Any) -> None:
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Restore the global random states on leaving, those of the accelerators in use included."""
+    state = random_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            _set_random_state(state)
+
+
+def one_pass(data: Iterable[Batch], state: Any) -> Iterator[Batch]:
+    """One pass over ``data`` that starts from the random ``state`` and leaves the global one alone.
+
+    A loader draws from the global states when it shuffles, augments or merely starts an iteration.
+    Started from the same state, every pass sees the same samples in the same order; and the caller's
+    own stream of random numbers is untouched, also between two batches.
+    """
+    with random_state_kept():
+        _set_random_state(state)
+        iterator = iter(data)
+        state = random_state()
+    while True:
+        with random_state_kept():
+            _set_random_state(state)
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            state = random_state()
+        yield batch

@@ -1,0 +1,39 @@
+"""Moving fitted objects between devices."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def to_device(thing: Any, device: torch.device) -> Any:
+    """``thing`` with every tensor in it on ``device``.
+
+    Tensors, modules (moved in place, as ``nn.Module.to`` does) and whatever else has a ``to`` are moved
+    by it; dataclasses, mappings, lists and tuples part by part; everything else is kept as it is.
+    """
+    if isinstance(thing, torch.device):
+        return device
+    if isinstance(thing, torch.Tensor | nn.Module) or (
+        hasattr(thing, "to") and not isinstance(thing, type) and not _is_loader(thing)
+    ):
+        return thing.to(device)
+    if is_dataclass(thing) and not isinstance(thing, type):
+        moved = copy.copy(thing)
+        for part in fields(thing):
+            object.__setattr__(moved, part.name, to_device(getattr(thing, part.name), device))
+        return moved
+    if isinstance(thing, Mapping) and type(thing) is dict:
+        return {key: to_device(value, device) for key, value in thing.items()}
+    if type(thing) in (list, tuple):
+        return type(thing)(to_device(value, device) for value in thing)
+    return thing
+
+
+def _is_loader(thing: Any) -> bool:
+    return isinstance(thing, torch.utils.data.DataLoader)

@@ -1,0 +1,218 @@
+"""Per-sample gradients, and their products with factors that never hold all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from influence_framework.data import Batch, map_leaves, split, take
+from influence_framework.errors import InvalidInputError, NonFiniteError
+from influence_framework.parameters import ParameterSpace
+from influence_framework.problem import Problem
+
+
+def pull_back(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], rows: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """``Jᵀ u`` for ``k`` stacked cotangents.
+
+    ``rows[j]`` is ``(k, *outputs[j].shape)``; the results are ``(k, *inputs[i].shape)``.
+
+    Outputs through which no gradient flows, and inputs that none reaches, come out as ``None``.
+    """
+    live = [(o, r) for o, r in zip(outputs, rows, strict=True) if o.requires_grad]
+    if not live:
+        return [None] * len(inputs)
+    count = live[0][1].shape[0]
+
+    def backward(cotangents: list[Tensor], *, batched: bool) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(
+            [output for output, _ in live],
+            inputs,
+            grad_outputs=cotangents,
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=batched,
+        )
+
+    if count > 1:
+        return list(backward([row for _, row in live], batched=True))
+    single = backward([row[0] for _, row in live], batched=False)
+    return [None if gradient is None else gradient[None] for gradient in single]
+
+
+def sample_chunks(
+    problem: Problem, parameters: ParameterSpace, batch: Batch, size: int, *, copies: int = 2
+) -> Iterator[Batch]:
+    """The batch in pieces whose ``copies`` per-sample gradients and activations fit the budget."""
+    element = torch.empty(0, dtype=parameters.dtype).element_size()
+    per_sample = copies * parameters.numel * element + 4 * problem.sample_bytes
+    yield from split(batch, size, max(1, problem.memory_budget // per_sample))
+
+
+def _per_sample(
+    function: Callable[[dict[str, Tensor], Batch], Tensor],
+    problem: Problem,
+    parameters: ParameterSpace,
+    batch: Batch,
+) -> Tensor:
+    """``function(parameters, one sample)`` for every sample, stacked: vectorised where that is possible."""
+    leaves = {name: leaf.detach() for name, leaf in parameters.leaves(problem.model).items()}
+    try:
+        return torch.func.vmap(lambda sample: function(leaves, map_leaves(lambda t: t[None], sample)))(batch)
+    except RuntimeError:
+        # Control flow on values, or an operator that torch.func cannot batch: one sample at a time.
+        size = problem.objective.size(batch)
+        return torch.stack([function(leaves, take(batch, slice(i, i + 1))) for i in range(size)])
+
+
+def sample_gradients(problem: Problem, parameters: ParameterSpace, batch: Batch) -> Float[Tensor, "n P"]:
+    """``∇ℓ_i`` of every sample of the batch, one row each.
+
+    Raises:
+        NonFiniteError: A gradient contains NaN or infinity; the message says which samples'.
+    """
+
+    def gradient(leaves: dict[str, Tensor], sample: Batch) -> Tensor:
+        def loss(values: dict[str, Tensor]) -> Tensor:
+            return problem.mean_loss(values, sample)
+
+        return parameters.flatten(torch.func.grad(loss)(leaves))
+
+    gradients = _per_sample(gradient, problem, parameters, batch)
+    finite = torch.isfinite(gradients).all(dim=1)
+    if not finite.all():
+        bad = torch.nonzero(~finite).flatten().tolist()
+        raise NonFiniteError(
+            f"The loss gradients of samples {bad[:8]} (positions within their batch) contain NaN or "
+            "infinity: check these samples and the loss at its extremes."
+        )
+    return gradients
+
+
+def sample_jacobians(
+    problem: Problem, parameters: ParameterSpace, batch: Batch
+) -> tuple[Float[Tensor, "n c P"], Float[Tensor, "n c c"]]:
+    """Jacobian of each sample's flattened output, and the Hessian of its loss with respect to it."""
+
+    def jacobian(leaves: dict[str, Tensor], sample: Batch) -> Tensor:
+        def output(values: dict[str, Tensor]) -> Tensor:
+            return problem.outputs(values, sample).reshape(-1)
+
+        parts = torch.func.jacrev(output)(leaves)
+        return torch.cat([parts[name].flatten(1) for name in parameters.names], dim=1)
+
+    def curvature(leaves: dict[str, Tensor], sample: Batch) -> Tensor:
+        outputs = problem.outputs(leaves, sample)
+
+        def loss(flat: Tensor) -> Tensor:
+            return problem.objective.mean_loss(flat.reshape(outputs.shape), sample)
+
+        second: Tensor = torch.func.jacrev(torch.func.jacrev(loss))(outputs.reshape(-1))
+        return second
+
+    return (
+        _per_sample(jacobian, problem, parameters, batch),
+        _per_sample(curvature, problem, parameters, batch),
+    )
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Rows ``(m, q)`` over part of the flat parameter vector.
+
+    Attributes:
+        rows: One factor each.
+        index: Positions in the flat vector of its ``q`` columns; ``None`` where they are all of it.
+    """
+
+    rows: Float[Tensor, "m q"]
+    index: Int[Tensor, " q"] | None = None
+
+    def of(self, gradients: Float[Tensor, "n P"]) -> Float[Tensor, "n q"]:
+        """The columns of ``gradients`` that belong to these factors."""
+        return gradients if self.index is None else gradients[:, self.index]
+
+    def padded(self, numel: int, part: slice) -> Float[Tensor, "m P"]:
+        """Some rows over the whole vector, zero where these factors are silent."""
+        rows = self.rows[part]
+        if self.index is None:
+            return rows
+        return rows.new_zeros(rows.shape[0], numel).index_copy(1, self.index, rows)
+
+
+def contract_up(
+    factors: Mapping[str, Factors], problem: Problem, batch: Batch
+) -> dict[str, Float[Tensor, "m n"]]:
+    """``f_k · ∇ℓ_j`` for every factor of every name and every sample of the batch.
+
+    Gradients are formed for as many samples at a time as the budget holds and multiplied at once:
+    ``2·m·n·P`` flops beside one forward and backward pass, whatever the number of names.
+    """
+    scores: dict[str, list[Tensor]] = {name: [] for name in factors}
+    size = problem.objective.size(batch)
+    for chunk in sample_chunks(problem, problem.parameters, batch, size):
+        gradients = sample_gradients(problem, problem.parameters, chunk)
+        for name, part in factors.items():
+            scores[name].append(part.rows @ part.of(gradients).T)
+    return {name: torch.cat(parts, dim=1) for name, parts in scores.items()}
+
+
+def contract_perturbation(
+    factors: Mapping[str, Factors], problem: Problem, batch: Batch
+) -> dict[str, Float[Tensor, "m n *features"]]:
+    """``∇ₓ(f_k · ∇_θ ℓ_j)`` for every factor of every name and every sample of the batch.
+
+    ``Σ_j ∇_θ ℓ_j`` is differentiated once more, with respect to the inputs, in the direction of each
+    factor. A sample's loss depends on its own input only, so one such pass gives the result of one
+    factor for all samples, and no ``(n, d, P)`` tensor of mixed derivatives exists at any time.
+
+    Raises:
+        InvalidInputError: The input is not a single floating-point tensor.
+        NonFiniteError: A derivative contains NaN or infinity.
+    """
+    x, y = batch
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise InvalidInputError(
+            f"Mode Perturbation differentiates with respect to the input, which must be one "
+            f"floating-point tensor; got {got}. Use mode='up', or feed the model embeddings."
+        )
+    scores: dict[str, list[Tensor]] = {name: [] for name in factors}
+    for inputs, target in split((x, y), x.shape[0], problem.max_batch):
+        derivative = _input_derivative(problem, inputs, target)
+        step = max(1, problem.memory_budget // (3 * problem.sample_bytes * inputs.shape[0]))
+        for name, part in factors.items():
+            rows = [
+                derivative(part.padded(problem.parameters.numel, slice(start, start + step)))
+                for start in range(0, part.rows.shape[0], step)
+            ]
+            scores[name].append(torch.cat(rows) if rows else inputs.new_zeros(0, *inputs.shape))
+    return {name: torch.cat(parts, dim=1) for name, parts in scores.items()}
+
+
+def _input_derivative(problem: Problem, x: Tensor, y: Any) -> Callable[[Tensor], Tensor]:
+    """``F ↦ ∇ₓ(f_k · Σ_j ∇_θ ℓ_j)`` for the rows ``f_k`` of ``F``, as ``(m, n, *features)``."""
+    inputs = x.detach().requires_grad_()
+    leaves = problem.parameters.leaves(problem.model)
+    with torch.enable_grad():
+        total = problem.mean_loss(leaves, (inputs, y)) * inputs.shape[0]
+        gradients = torch.autograd.grad(total, list(leaves.values()), create_graph=True, materialize_grads=True)
+
+    def derivative(rows: Tensor) -> Tensor:
+        (result,) = pull_back(gradients, [inputs], problem.parameters.unflatten_rows(rows))
+        if result is None:
+            return inputs.new_zeros(rows.shape[0], *inputs.shape)
+        if not torch.isfinite(result).all():
+            raise NonFiniteError(
+                "A derivative with respect to the input contains NaN or infinity: check the samples and "
+                "the model's behaviour at them."
+            )
+        return result.detach()
+
+    return derivative

@@ -1,0 +1,122 @@
+"""The base of inverse operators, and what is said when a solve did not succeed."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections import Counter
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from influence_framework.errors import ConvergenceWarning
+from influence_framework.operators import Operator, check_columns
+from influence_framework.protocols import LinearOperator, Solution, StopReason
+
+
+class Inverse(Operator):
+    """Base of ``≈ (C + λI)⁻¹``: a subclass writes ``_solve`` on columns, or ``_matmat`` as well.
+
+    ``solve`` reports on every right-hand side and warns once, in one line, of those that failed.
+    ``@`` applies the inverse: by default through ``solve``; a subclass whose inverse is one fixed
+    matrix overrides ``_matmat`` so that ``@`` costs no residual.
+
+    Attributes:
+        base: The operator ``C``.
+        regularization: ``λ``.
+    """
+
+    base: LinearOperator
+    regularization: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.base.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    @property
+    def quiet(self) -> frozenset[StopReason]:
+        """Reasons to stop that are not worth a warning to this solver's user."""
+        return frozenset()
+
+    @abstractmethod
+    def _solve(self, columns: Float[Tensor, "P k"]) -> Solution:
+        """Solve for ``(P, k)`` columns, ``k ≥ 1``."""
+
+    def _matmat(self, columns: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
+        return self.solve(columns).value
+
+    def solve(self, columns: Float[Tensor, "P *k"]) -> Solution:
+        """Solve ``(C + λI) X = columns`` and report on each column.
+
+        Raises:
+            InvalidInputError: Wrong shape, dtype or device.
+        """
+        check_columns(self, columns)
+        if columns.numel() == 0:
+            return make_solution(columns.clone(), torch.zeros(columns.shape[1], dtype=torch.float64), [])
+        solution = self._solve(columns[:, None] if columns.ndim == 1 else columns)
+        message = describe_failures(solution, self.quiet)
+        if message:
+            warnings.warn(message, ConvergenceWarning, stacklevel=2)
+        return replace(solution, value=solution.value[:, 0]) if columns.ndim == 1 else solution
+
+
+def make_solution(
+    value: Float[Tensor, "P k"],
+    residual: Float[Tensor, " k"],
+    reason: list[StopReason],
+    iterations: list[int] | None = None,
+) -> Solution:
+    """A :class:`Solution` whose ``converged`` follows from the reasons."""
+    succeeded = (StopReason.CONVERGED, StopReason.APPROXIMATION)
+    return Solution(
+        value=value,
+        converged=torch.tensor([r in succeeded for r in reason], dtype=torch.bool),
+        iterations=torch.tensor(iterations or [0] * len(reason), dtype=torch.int64),
+        residual=residual.detach().to("cpu", torch.float64),
+        reason=tuple(reason),
+    )
+
+
+def relative_residuals(
+    operator: LinearOperator,
+    regularization: float,
+    value: Float[Tensor, "P k"],
+    columns: Float[Tensor, "P k"],
+) -> Float[Tensor, " k"]:
+    """``‖b − (C + λI)x‖ / ‖b‖`` of each column, at the cost of one product; 0 where ``b = x = 0``."""
+    remainder = torch.sub(columns - operator @ value, value, alpha=regularization)
+    norms = torch.linalg.vector_norm(remainder, dim=0, dtype=torch.float64)
+    scale = torch.linalg.vector_norm(columns, dim=0, dtype=torch.float64)
+    return torch.where(norms == 0, 0.0, norms / scale)
+
+
+def describe_failures(
+    solution: Solution, quiet: frozenset[StopReason] = frozenset(), *, listed: int = 8
+) -> str | None:
+    """One line on the right-hand sides that failed, or ``None`` where there is nothing to say."""
+    failed = [
+        index
+        for index, (good, reason) in enumerate(zip(solution.converged, solution.reason, strict=True))
+        if not good and reason not in quiet
+    ]
+    if not failed:
+        return None
+    reasons = Counter(solution.reason[index] for index in failed)
+    worst = solution.residual[failed].nan_to_num(nan=float("inf")).max().item()
+    names = ", ".join(map(str, failed[:listed])) + (", …" if len(failed) > listed else "")
+    causes = "; ".join(f"{count} {reason.value}" for reason, count in reasons.most_common())
+    return (
+        f"{len(failed)} of {len(solution.reason)} right-hand sides were not solved "
+        f"(columns {names}; largest relative residual {worst:.1e}): {causes}."
+    )

@@ -1,0 +1,208 @@
+"""How a batch becomes an output and a loss."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, Self, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from influence_framework.data import Batch, leaves
+from influence_framework.errors import InvalidInputError
+
+Loss = Callable[[Any, Any], Tensor]
+ELEMENTWISE_LOSSES = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """How a batch of ``n`` samples becomes outputs and losses.
+
+    The training loss is ``1/N Σ_i ℓ_i`` over all samples; ``mean_loss`` is that mean over one batch and
+    must equal the mean of ``sample_losses``.
+    """
+
+    def size(self, batch: Batch) -> int:
+        """``n``, the number of samples."""
+        ...
+
+    def outputs(self, model: Callable[..., Any], batch: Batch) -> Tensor:
+        """The model's output for the batch, ``(n, …)``."""
+        ...
+
+    def mean_loss(self, outputs: Tensor, batch: Batch) -> Float[Tensor, ""]:
+        """``1/n Σ_i ℓ_i``."""
+        ...
+
+    def sample_losses(self, outputs: Tensor, batch: Batch) -> Float[Tensor, " n"]:
+        """Each sample's own loss ``ℓ_i``."""
+        ...
+
+    def validate(self, outputs: Tensor, batch: Batch) -> Self:
+        """Check one batch, raise on what cannot be right, and return the objective to go on with."""
+        ...
+
+
+@dataclass(frozen=True)
+class SupervisedObjective:
+    """Batches ``(x, y)`` and ``loss(output, target)``.
+
+    ``x`` may be a tensor, a tuple (passed as positional arguments) or a mapping (as keyword arguments).
+    Each sample's loss is ``loss(output[i:i+1], y[i:i+1])``. The loss of a batch must be the mean of
+    these or their sum; which of the two is found out from the data, and a sum is divided by the number
+    of samples. A loss that is neither (class weights with ``reduction="mean"``, say) raises: its value
+    would depend on how the data is cut into batches.
+
+    Attributes:
+        loss: Takes output and target, returns a scalar.
+        reduction: How ``loss`` combines samples; ``None`` as long as the data has not told.
+        vectorize: Whether the samples' own losses are computed by ``torch.func.vmap``, or one by one
+            because the loss does not allow it.
+    """
+
+    loss: Loss
+    reduction: Literal["mean", "sum"] | None = None
+    vectorize: bool = True
+
+    def __post_init__(self) -> None:
+        if not callable(self.loss):
+            raise InvalidInputError(
+                f"The loss must be callable as loss(output, target), got {type(self.loss).__name__}."
+            )
+        if getattr(self.loss, "reduction", None) == "none":
+            raise InvalidInputError(
+                f"{type(self.loss).__name__}(reduction='none') returns one value per element; influence "
+                "needs a scalar loss: use reduction='mean' or reduction='sum'."
+            )
+
+    def size(self, batch: Batch) -> int:
+        x, y = _pair(batch)
+        sizes = {tuple(t.shape[:1]) for t in leaves(x)} | {tuple(t.shape[:1]) for t in leaves(y)}
+        if () in sizes:
+            raise InvalidInputError(
+                "Found a tensor without a batch dimension: the first dimension counts samples; for one "
+                "sample use unsqueeze(0)."
+            )
+        if len(sizes) != 1:
+            raise InvalidInputError(
+                "All tensors of x and y must hold the same number of samples in their first dimension, "
+                f"found shapes x: {_shapes(x)}, y: {_shapes(y)}."
+            )
+        return int(sizes.pop()[0])
+
+    def outputs(self, model: Callable[..., Any], batch: Batch) -> Tensor:
+        x, _ = _pair(batch)
+        if isinstance(x, Mapping):
+            outputs = model(**x)
+        elif isinstance(x, tuple | list):
+            outputs = model(*x)
+        else:
+            outputs = model(x)
+        if not isinstance(outputs, Tensor):
+            raise InvalidInputError(
+                f"The model returned {type(outputs).__name__}; a single tensor (n, …) was expected. Wrap "
+                "the model, or pass an Objective whose `outputs` picks the tensor."
+            )
+        return outputs
+
+    def mean_loss(self, outputs: Tensor, batch: Batch) -> Float[Tensor, ""]:
+        value = self.loss(outputs, _pair(batch)[1])
+        return value / outputs.shape[0] if self.reduction == "sum" else value
+
+    def sample_losses(self, outputs: Tensor, batch: Batch) -> Float[Tensor, " n"]:
+        target = _pair(batch)[1]
+
+        def one(output: Tensor, label: Tensor) -> Tensor:
+            return self.loss(output[None], label[None])
+
+        if self.vectorize:
+            return torch.func.vmap(one)(outputs, target)
+        return torch.stack([one(o, t) for o, t in zip(outputs, target, strict=True)])
+
+    def validate(self, outputs: Tensor, batch: Batch) -> Self:
+        target = _pair(batch)[1]
+        if not isinstance(target, Tensor):
+            raise InvalidInputError(
+                f"The target y must be a tensor, got {type(target).__name__}; for other targets pass an "
+                "Objective of your own."
+            )
+        if target.is_floating_point() and target.dtype != outputs.dtype:
+            raise InvalidInputError(
+                f"y is {target.dtype}, the model's output {outputs.dtype}: convert y with "
+                f"y.to({outputs.dtype})."
+            )
+        if isinstance(self.loss, ELEMENTWISE_LOSSES) and target.shape != outputs.shape:
+            raise InvalidInputError(self._broadcast_message(outputs, target))
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of the broadcast that is checked for here
+            whole = self.loss(outputs, target)
+            self._check_scalar(whole)
+            self._check_scalar(self.loss(outputs[:1], target[:1]))
+            try:
+                objective, each = self, self.sample_losses(outputs, batch)
+            except RuntimeError:  # control flow on values, .item(): not for vmap
+                objective = replace(self, vectorize=False)
+                each = objective.sample_losses(outputs, batch)
+        return objective._recognise(whole, each, outputs, target)
+
+    def settled(self) -> Self:
+        """With the reduction decided even where the data left it open (one sample a batch)."""
+        if self.reduction is not None:
+            return self
+        declared = getattr(self.loss, "reduction", "mean")
+        return replace(self, reduction="sum" if declared == "sum" else "mean")
+
+    def _check_scalar(self, value: Any) -> None:
+        if not isinstance(value, Tensor) or value.ndim != 0:
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise InvalidInputError(
+                f"The loss must return a scalar tensor for a batch, got {got}: average over the batch, "
+                "e.g. with reduction='mean'."
+            )
+
+    def _recognise(self, whole: Tensor, each: Tensor, outputs: Tensor, target: Tensor) -> Self:
+        total, mean = each.sum(), each.mean()
+        # Square root of the precision: far above rounding, far below any wrong normalisation.
+        tolerance = torch.finfo(outputs.dtype).eps ** 0.5 * each.abs().mean()
+        fits = {
+            "mean": bool((whole - mean).abs() <= tolerance),
+            "sum": bool((whole - total).abs() <= tolerance * each.shape[0]),
+        }
+        if not whole.isfinite():
+            return self  # reported by the check for finite losses, with a better message
+        allowed = [name for name, fit in fits.items() if fit and self.reduction in (None, name)]
+        if not allowed:
+            if target.is_floating_point() and target.shape != outputs.shape:
+                raise InvalidInputError(self._broadcast_message(outputs, target))
+            raise InvalidInputError(
+                f"The loss of a batch ({whole:.6g}) is neither the mean ({mean:.6g}) nor the sum "
+                f"({total:.6g}) of the losses of its samples, so the training loss would depend on the "
+                "batch size. Class weights or ignored targets under reduction='mean' do this: use "
+                "reduction='sum', or pass an Objective that defines the loss of one sample."
+            )
+        if len(allowed) == 2:
+            return self
+        return replace(self, reduction="mean" if allowed[0] == "mean" else "sum")
+
+    def _broadcast_message(self, outputs: Tensor, target: Tensor) -> str:
+        return (
+            f"y of shape {tuple(target.shape)} does not match the output of shape "
+            f"{tuple(outputs.shape)}: the loss would broadcast one against the other and compare every "
+            f"sample with every other. Reshape it: y.reshape({tuple(outputs.shape)})."
+        )
+
+
+def _pair(batch: Batch) -> tuple[Any, Any]:
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        got = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
+        raise InvalidInputError(f"Expected batches (x, y), got {got}.")
+    x, y = batch
+    return x, y
+
+
+def _shapes(batch: Batch) -> str:
+    return ", ".join(str(tuple(tensor.shape)) for tensor in leaves(batch)) or "no tensor"

@@ -1,0 +1,310 @@
+"""A trained model, its objective and its training data, checked once and ready for products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from influence_framework.data import (
+    Batch,
+    check_reiterable,
+    join,
+    leaves,
+    nbytes,
+    one_pass,
+    random_state,
+    random_state_kept,
+    split,
+    take,
+)
+from influence_framework.errors import InvalidInputError, NonFiniteError
+from influence_framework.objective import Loss, Objective, SupervisedObjective
+from influence_framework.parameters import ParameterSpace
+
+DEFAULT_MEMORY_BUDGET = 256 * 2**20
+"""Bytes that caches and intermediate results may take beside the model, the data and the results."""
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What is differentiated: ``1/N Σ_i ℓ_i(θ)`` of a model over its training data.
+
+    Made by :meth:`build`, which checks everything that can be checked at the price of a forward pass.
+    Its methods take the parameters as named tensors, so that nothing is ever written to the model.
+
+    Attributes:
+        model: The trained model, as it was given.
+        objective: How a batch becomes outputs and losses.
+        parameters: All trainable parameters.
+        data: Batches, re-iterable: held in memory where they fit the budget, else the caller's loader.
+        cached: Whether ``data`` is held in memory.
+        size: ``N``, the number of samples of one pass.
+        batch_size: Samples in the first batch of the caller's loader.
+        sample_bytes: Bytes that autograd keeps of one sample's forward pass.
+        memory_budget: Bytes for caches and intermediate results.
+        state: Global random state in which every pass starts.
+    """
+
+    model: nn.Module
+    objective: Objective
+    parameters: ParameterSpace
+    data: Iterable[Batch]
+    cached: bool
+    size: int
+    batch_size: int
+    sample_bytes: int
+    memory_budget: int
+    state: Any
+
+    @classmethod
+    def build(
+        cls,
+        model: nn.Module,
+        loss: Loss | Objective,
+        data: Iterable[Batch],
+        *,
+        memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    ) -> Self:
+        """Check model, loss and data against each other and count the samples.
+
+        Args:
+            model: In eval mode if it contains Dropout or BatchNorm.
+            loss: ``loss(output, target) -> scalar``, or an :class:`Objective`.
+            data: A ``DataLoader`` or any re-iterable of batches; read to the end once, here.
+            memory_budget: Bytes for caches and intermediate results.
+
+        Raises:
+            InvalidInputError: What does not fit, with the remedy.
+            NonFiniteError: NaN or infinity in parameters, data or losses.
+        """
+        check_model(model)
+        parameters = ParameterSpace.of(model)
+        check_reiterable(data)
+        objective = loss if isinstance(loss, Objective) else SupervisedObjective(loss)
+        problem = cls(model, objective, parameters, data, False, 0, 0, 1, memory_budget, random_state())
+        return problem._read()
+
+    def _read(self) -> Self:
+        """Read the data once: validate and count it, and keep it where it fits the budget."""
+        kept: list[Batch] | None = []
+        sizes: list[int] = []
+        held = 0
+        problem = self
+        for batch in one_pass(self.data, self.state):
+            problem = problem.validated(batch, "training data")
+            sizes.append(problem.objective.size(batch))
+            if len(sizes) == 1:
+                problem._check_deterministic(batch)
+                problem = replace(problem, sample_bytes=problem._activation_bytes(batch) // sizes[0] + 1)
+            held += nbytes(batch)
+            if held > self.memory_budget:
+                kept = None
+            if kept is not None:
+                kept.append(batch)
+        if not sizes:
+            raise InvalidInputError(
+                "The training data is empty: the loader yielded no batch. Is the dataset empty, or "
+                "drop_last=True with fewer samples than one batch?"
+            )
+        return replace(
+            problem,
+            data=self.data if kept is None else list(join(kept, sizes, problem.max_batch)),
+            cached=kept is not None,
+            size=sum(sizes),
+            batch_size=sizes[0],
+            objective=_settled(problem.objective),
+        )
+
+    def validated(self, batch: Batch, what: str) -> Self:
+        """Check one batch; return the problem with what was learnt about the loss.
+
+        Raises:
+            InvalidInputError: Wrong dtype, device, lengths, outputs or loss.
+            NonFiniteError: NaN or infinity.
+        """
+        check_leaves(batch, self.parameters, what)
+        size = self.objective.size(batch)
+        if size == 0:
+            raise InvalidInputError(f"A batch of the {what} has no sample.")
+        with torch.no_grad(), random_state_kept():
+            outputs = self.outputs({}, batch)
+        if outputs.ndim == 0 or outputs.shape[0] != size:
+            raise InvalidInputError(
+                f"The model returned shape {tuple(outputs.shape)} for {size} samples: the first dimension "
+                "of the output must count samples."
+            )
+        if not outputs.dtype.is_floating_point:
+            raise InvalidInputError(f"The model returned {outputs.dtype}; expected floating-point outputs.")
+        if not torch.isfinite(outputs).all():
+            raise NonFiniteError(
+                f"The model returns NaN or infinity on the {what}: check the data's scale and the parameters."
+            )
+        objective = self.objective.validate(outputs, batch)
+        with torch.no_grad():
+            loss = objective.mean_loss(outputs, batch)
+        if not torch.isfinite(loss):
+            raise NonFiniteError(f"The loss is {loss.item()} on the {what}.")
+        return replace(self, objective=objective)
+
+    def _check_deterministic(self, batch: Batch) -> None:
+        with torch.no_grad(), random_state_kept():
+            once, again = self.outputs({}, batch), self.outputs({}, batch)
+        if (once - again).abs().max() > torch.finfo(once.dtype).eps ** 0.5 * once.abs().max():
+            raise InvalidInputError(
+                "Two forward passes over the same batch gave different outputs: the model draws random "
+                "numbers. Call model.eval(), and switch off functional dropout."
+            )
+
+    def _activation_bytes(self, batch: Batch) -> int:
+        """Bytes that autograd keeps of one forward pass over ``batch``, parameters left out."""
+        seen: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+            return tensor
+
+        parameters = self.parameters.leaves(self.model)
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                self.mean_loss(parameters, batch)
+        except RuntimeError:  # torch.func inside the model does not allow these hooks
+            return 32 * nbytes(batch)
+        for tensor in self.model.parameters():
+            seen.pop(tensor.data_ptr(), None)
+        return sum(seen.values())
+
+    @property
+    def max_batch(self) -> int:
+        """Samples to work on at a time: second derivatives hold a few times what a forward pass saves."""
+        return max(1, self.memory_budget // (8 * self.sample_bytes))
+
+    def batches(self) -> Iterator[tuple[Batch, int]]:
+        """One pass over the data: batches within the memory budget, each with its sample count.
+
+        Raises:
+            InvalidInputError: The data holds another number of samples than when it was first read.
+        """
+        total = 0
+        source = self.data if self.cached else one_pass(self.data, self.state)
+        for whole in source:
+            for batch in split(whole, self.objective.size(whole), self.max_batch):
+                size = self.objective.size(batch)
+                total += size
+                yield batch, size
+        if total != self.size:
+            raise InvalidInputError(
+                f"The training data held {self.size} samples when it was first read and {total} now: it "
+                "must yield the same samples on every pass."
+            )
+
+    def random_batches(self, generator: torch.Generator) -> Iterator[tuple[Batch, int]]:
+        """Endless mini-batches, each sample once a pass.
+
+        Data held in memory is cut at random, by ``generator`` alone, into batches of the caller's size.
+        Data that is streamed comes in the loader's own batches and order: shuffle it there.
+        """
+        while True:
+            if not self.cached:
+                yield from self.batches()
+                continue
+            pieces = [
+                take(batch, index)
+                for batch, size in self.batches()
+                for index in torch.randperm(size, generator=generator).split(self.batch_size)
+            ]
+            for position in torch.randperm(len(pieces), generator=generator):
+                yield pieces[position], self.objective.size(pieces[position])
+
+    def forward(self, parameters: Mapping[str, Tensor]) -> Callable[..., Any]:
+        """The model as a function of its inputs, with these parameters in place of its own."""
+        merged = {name: p.detach() for name, p in self.model.named_parameters()} | dict(parameters)
+        buffers = dict(self.model.named_buffers())
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(self.model, {**buffers, **merged}, args, kwargs)
+
+        return call
+
+    def outputs(self, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """Model outputs ``(n, …)``."""
+        return self.objective.outputs(self.forward(parameters), batch)
+
+    def mean_loss(self, parameters: Mapping[str, Tensor], batch: Batch) -> Float[Tensor, ""]:
+        """``1/n Σ ℓ_i`` over the batch."""
+        return self.objective.mean_loss(self.outputs(parameters, batch), batch)
+
+    def sample_losses(self, parameters: Mapping[str, Tensor], batch: Batch) -> Float[Tensor, " n"]:
+        """``ℓ_i`` of each sample of the batch."""
+        return self.objective.sample_losses(self.outputs(parameters, batch), batch)
+
+
+def _settled(objective: Objective) -> Objective:
+    return objective.settled() if isinstance(objective, SupervisedObjective) else objective
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise unless ``model`` is a deterministic ``nn.Module`` with finite parameters."""
+    if not isinstance(model, nn.Module):
+        raise InvalidInputError(f"Expected a torch.nn.Module, got {type(model).__name__}.")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            where = f"submodule {name!r}" if name else "model"
+            raise InvalidInputError(
+                f"The {where} is a TorchScript module: its parameters cannot be replaced and it has no "
+                "second derivatives under torch.func. Pass the original nn.Module."
+            )
+    stochastic = [
+        f"{name or 'model'} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if module.training and _random_or_batch_dependent(module)
+    ]
+    if stochastic:
+        raise InvalidInputError(
+            "The model is in train mode and contains layers that are random or mix samples there: "
+            f"{', '.join(stochastic)}. Call model.eval() first."
+        )
+    mixing = [name or "model" for name, module in model.named_modules() if _mixes_samples_always(module)]
+    if mixing:
+        raise InvalidInputError(
+            f"{', '.join(mixing)} normalise by the statistics of the batch even in eval mode "
+            "(track_running_stats=False), so no sample has a loss of its own: use running statistics."
+        )
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.dtype.is_floating_point and not torch.isfinite(tensor).all():
+            raise NonFiniteError(f"{name!r} of the model contains NaN or infinity: training has diverged.")
+
+
+def _random_or_batch_dependent(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
+        return module.dropout > 0
+    return isinstance(module, nn.modules.batchnorm._BatchNorm | nn.RReLU)
+
+
+def _mixes_samples_always(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None
+
+
+def check_leaves(batch: Batch, parameters: ParameterSpace, what: str) -> None:
+    """Raise unless every tensor of ``batch`` is finite and on the model's device, and inputs of its dtype."""
+    for tensor in leaves(batch):
+        if tensor.device != parameters.device:
+            raise InvalidInputError(
+                f"The {what} is on {tensor.device}, the model on {parameters.device}: move one of them "
+                "with .to(device)."
+            )
+        if tensor.is_floating_point() or tensor.is_complex():
+            if tensor.dtype != parameters.dtype:
+                raise InvalidInputError(
+                    f"The {what} holds {tensor.dtype}, the model's parameters are {parameters.dtype}: "
+                    f"convert with .to({parameters.dtype})."
+                )
+            if not torch.isfinite(tensor).all():
+                raise NonFiniteError(f"The {what} contains NaN or infinity: drop or impute those samples.")

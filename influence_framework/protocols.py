@@ -1,0 +1,215 @@
+"""What a plugin author reads: the protocols between problem, operator, inverse and scores.
+
+Data flows one way::
+
+    Problem --HessianSource.operator--> LinearOperator --Solver.fit--> InverseOperator --> scores
+
+Nothing here imports a concrete class, so a plugin may implement any of these by duck typing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from influence_framework.errors import InvalidInputError, did_you_mean
+
+if TYPE_CHECKING:
+    from influence_framework.parameters import ParameterSpace
+    from influence_framework.problem import Problem
+
+
+@runtime_checkable
+class LinearOperator(Protocol):
+    """A symmetric ``P × P`` matrix known through its products.
+
+    ``A @ v`` takes ``(P,)`` or ``(P, k)`` columns of the operator's own dtype and device and returns
+    the same shape. All ``k`` columns are worked on together; ``k`` may be zero and may exceed ``P``.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __matmul__(self, columns: Float[Tensor, "P *k"]) -> Float[Tensor, "P *k"]: ...
+
+
+@runtime_checkable
+class Diagonal(Protocol):
+    """Capability: the exact diagonal ``(P,)`` at a cost far below ``P`` products."""
+
+    def diagonal(self) -> Float[Tensor, " P"]: ...
+
+
+@runtime_checkable
+class Dense(Protocol):
+    """Capability: the full ``(P, P)`` matrix at a cost below ``P`` products."""
+
+    def to_dense(self) -> Float[Tensor, "P P"]: ...
+
+
+@runtime_checkable
+class Minibatches(Protocol):
+    """Capability: an endless stream of random operators ``C_b`` whose mean over one pass is ``C``.
+
+    Averaged over the batches of one pass with their sample counts as weights, they give exactly
+    ``C``. ``generator`` alone decides the order.
+    """
+
+    def minibatches(self, generator: torch.Generator) -> Iterator[LinearOperator]: ...
+
+
+@dataclass(frozen=True)
+class LayerBatch:
+    """One layer's part in one batch of ``n`` samples.
+
+    Attributes:
+        inputs: What the layer was applied to, ``(n, *positions, in_features)``.
+        output_gradients: Gradient of each sample's own loss (not divided by ``n``) with respect to
+            the layer's output, ``(n, *positions, out_features)``.
+        weight: Name of the layer's weight, always among the operator's parameters.
+        bias: Name of its bias, or ``None`` where it has none or the bias is not a parameter.
+    """
+
+    inputs: Float[Tensor, "n *positions i"]
+    output_gradients: Float[Tensor, "n *positions o"]
+    weight: str
+    bias: str | None
+
+
+@runtime_checkable
+class LayerStatistics(Protocol):
+    """Capability: inputs and output gradients of the linear layers, one mapping a batch."""
+
+    def layer_batches(self) -> Iterator[Mapping[str, LayerBatch]]: ...
+
+
+class StopReason(Enum):
+    """Why a solver stopped working on a right-hand side; the value says what to do about it."""
+
+    CONVERGED = "reached the tolerance"
+    APPROXIMATION = "fixed approximation; its residual was not measured"
+    ITERATION_LIMIT = "reached the iteration limit: raise maxiter, loosen rtol or add a preconditioner"
+    NEGATIVE_CURVATURE = (
+        "met a direction of non-positive curvature: raise the regularisation above the magnitude of "
+        "the most negative eigenvalue, or use the source 'gauss_newton'"
+    )
+    STAGNATED = "reached the accuracy this dtype can give: loosen rtol, use float64 or raise the regularisation"
+    NOT_FINITE = "met NaN or infinity: check the right-hand side and the operator"
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What came out of a solve, per right-hand side.
+
+    Attributes:
+        value: ``(P, k)``, or ``(P,)`` where one vector was given.
+        converged: ``(k,)``; whether each column is what the solver promises.
+        iterations: ``(k,)``; products spent on each column (0 for direct methods).
+        residual: ``(k,)`` float64; the true relative residual ``‖b − (C + λI)x‖ / ‖b‖``, computed from
+            the returned value and not by a recursion (0 where b = 0); NaN where it was not measured.
+        reason: ``k`` stop reasons.
+    """
+
+    value: Float[Tensor, "P *k"]
+    converged: Bool[Tensor, " k"]
+    iterations: Int[Tensor, " k"]
+    residual: Float[Tensor, " k"]
+    reason: tuple[StopReason, ...]
+
+
+@runtime_checkable
+class InverseOperator(LinearOperator, Protocol):
+    """``≈ (C + λI)⁻¹``, as an operator and with a report for every right-hand side."""
+
+    def solve(self, columns: Float[Tensor, "P *k"]) -> Solution: ...
+
+
+@runtime_checkable
+class Reregularizable(Protocol):
+    """Capability of an inverse: another λ without fitting again."""
+
+    def with_regularization(self, regularization: float) -> InverseOperator: ...
+
+
+@runtime_checkable
+class Solver(Protocol):
+    """A method of inverting: frozen options, no state.
+
+    A solver never sees models, data, blocks or scores. Its randomness comes from a ``seed`` option
+    through a local ``torch.Generator``. Optional class attributes:
+
+    - ``requires``: capability protocols the operator must offer, checked before ``fit`` is called;
+    - ``fixed``: ``True`` where the inverse is one fixed symmetric positive definite matrix, so that
+      the solver can serve as a preconditioner;
+    - ``default_source``: name of the curvature source this method is made for.
+    """
+
+    def fit(self, operator: LinearOperator, regularization: float) -> InverseOperator: ...
+
+
+@runtime_checkable
+class HessianSource(Protocol):
+    """A choice of curvature: frozen options, no state."""
+
+    def operator(self, problem: Problem, parameters: ParameterSpace) -> LinearOperator:
+        """The curvature matrix of the mean loss of ``problem`` with respect to ``parameters``."""
+        ...
+
+
+class InfluenceMode(str, Enum):
+    """What a training point is varied in.
+
+    ``Up``: its weight in the training loss. ``Perturbation``: its input, one score per feature.
+    Wherever a mode is taken, the strings ``"up"`` and ``"perturbation"`` are taken too.
+    """
+
+    Up = "up"
+    Perturbation = "perturbation"
+
+    @classmethod
+    def parse(cls, mode: InfluenceMode | str) -> InfluenceMode:
+        """The mode of that name; an unknown one raises :class:`InvalidInputError`."""
+        try:
+            return cls(mode)
+        except ValueError:
+            known = [member.value for member in cls]
+            raise InvalidInputError(
+                f"Unknown influence mode {mode!r}; expected one of {known} or a member of "
+                f"InfluenceMode.{did_you_mean(mode, known)}"
+            ) from None
+
+
+@runtime_checkable
+class InfluenceFunctionModel(Protocol):
+    """The framework-neutral face of an influence model: arrays in, arrays out.
+
+    ``score(z_test, z) = ∇ℓ(z_test)ᵀ (C + λI)⁻¹ ∇ℓ(z)`` in mode Up, with ``∇ₓ∇ℓ(z)`` in place of
+    ``∇ℓ(z)`` in mode Perturbation.
+    """
+
+    @property
+    def is_fitted(self) -> bool: ...
+
+    def fit(self, data: Any) -> Self: ...
+
+    def influences(
+        self, x_test: Any, y_test: Any, x: Any = None, y: Any = None, mode: InfluenceMode | str = ...
+    ) -> Any: ...
+
+    def influence_factors(self, x: Any, y: Any) -> Any: ...
+
+    def influences_from_factors(
+        self, z_test_factors: Any, x: Any, y: Any, mode: InfluenceMode | str = ...
+    ) -> Any: ...

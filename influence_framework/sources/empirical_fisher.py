@@ -1,0 +1,59 @@
+"""The second moment of per-sample loss gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from influence_framework.data import Batch
+from influence_framework.gradients import sample_chunks, sample_gradients
+from influence_framework.parameters import ParameterSpace
+from influence_framework.problem import Problem
+from influence_framework.protocols import LinearOperator
+from influence_framework.sources.gauss_newton import SandwichLinearization
+from influence_framework.sources.streaming import StreamingOperator
+
+
+class FisherLinearization(SandwichLinearization):
+    """``J`` of the per-sample losses, whose rows are the per-sample gradients; ``H = I/n``."""
+
+    def _build(self, problem: Problem, leaves: dict[str, Tensor], batch: Batch) -> None:
+        self._record(problem.sample_losses(leaves, batch))
+
+    def _middle(self, tangents: Tensor) -> Tensor | None:
+        return tangents / self.outputs.shape[0]
+
+
+class EmpiricalFisherOperator(StreamingOperator):
+    """Offers ``Diagonal`` beside what every streaming operator offers."""
+
+    def diagonal(self) -> Float[Tensor, " P"]:
+        """``1/N Σ_i g_i²``."""
+        problem, parameters = self.problem, self.parameters
+        total = torch.zeros(parameters.numel, dtype=self.dtype, device=self.device)
+        for batch, size in problem.batches():
+            for chunk in sample_chunks(problem, parameters, batch, size):
+                total += sample_gradients(problem, parameters, chunk).square().sum(0)
+        return total / problem.size
+
+
+@dataclass(frozen=True)
+class EmpiricalFisher:
+    """Empirical Fisher ``1/N Σ_i g_i g_iᵀ`` of per-sample loss gradients, positive semidefinite.
+
+    Its gradients are those of the true labels, so it is not the Fisher information and vanishes where
+    the model fits its data; Kunstner, Hennig and Balles (2019), "Limitations of the Empirical Fisher
+    Approximation", §3.
+
+    Attributes:
+        precompute_grad: Keep each batch's graphs for the next product.
+    """
+
+    precompute_grad: bool = False
+
+    def operator(self, problem: Problem, parameters: ParameterSpace) -> LinearOperator:
+        """The empirical Fisher with respect to ``parameters``."""
+        return EmpiricalFisherOperator(problem, parameters, FisherLinearization, self.precompute_grad)

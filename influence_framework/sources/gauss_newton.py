@@ -1,0 +1,104 @@
+"""Sandwiches ``Jᵀ H J``: the generalised Gauss-Newton matrix and the empirical Fisher."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from influence_framework.data import Batch
+from influence_framework.gradients import pull_back, sample_chunks, sample_jacobians
+from influence_framework.parameters import ParameterSpace
+from influence_framework.problem import Problem
+from influence_framework.protocols import LinearOperator
+from influence_framework.sources.streaming import Linearization, StreamingOperator
+
+
+class SandwichLinearization(Linearization):
+    """``v ↦ Jᵀ H (J v)`` with ``J`` the Jacobian of a batch-wise function of the parameters.
+
+    ``J v`` is had from reverse mode alone: ``w ↦ Jᵀ w`` is linear, and pulling ``v`` back through its
+    graph gives ``J v``. That needs no forward-mode rules and shares the one forward pass.
+    """
+
+    outputs: Tensor
+    cotangent: Tensor
+    transposed: list[Tensor]
+
+    def _record(self, outputs: Tensor) -> None:
+        self.outputs = outputs
+        self.cotangent = torch.zeros_like(outputs, requires_grad=True)
+        self.transposed = list(
+            torch.autograd.grad(outputs, self.leaves, self.cotangent, create_graph=True, materialize_grads=True)
+        )
+
+    @abstractmethod
+    def _middle(self, tangents: Tensor) -> Tensor | None:
+        """``H`` applied to ``k`` stacked output tangents; ``None`` where ``H`` is zero."""
+
+    def apply(self, rows: Float[Tensor, "k P"]) -> Float[Tensor, "k P"]:
+        (tangents,) = pull_back(self.transposed, [self.cotangent], self.parameters.unflatten_rows(rows))
+        middle = None if tangents is None else self._middle(tangents)
+        if middle is None:
+            return torch.zeros_like(rows)
+        products = pull_back([self.outputs], self.leaves, [middle])
+        return self.parameters.gather_rows(products, rows)
+
+
+class GaussNewtonLinearization(SandwichLinearization):
+    """``J`` of the model's outputs, ``H`` the Hessian of the mean loss with respect to them."""
+
+    output_leaf: Tensor
+    output_gradient: Tensor
+
+    def _build(self, problem: Problem, leaves: dict[str, Tensor], batch: Batch) -> None:
+        self._record(problem.outputs(leaves, batch))
+        self.output_leaf = self.outputs.detach().requires_grad_()
+        loss = problem.objective.mean_loss(self.output_leaf, batch)
+        (self.output_gradient,) = torch.autograd.grad(
+            loss, self.output_leaf, create_graph=True, materialize_grads=True
+        )
+
+    def _middle(self, tangents: Tensor) -> Tensor | None:
+        return pull_back([self.output_gradient], [self.output_leaf], [tangents])[0]
+
+
+class GaussNewtonOperator(StreamingOperator):
+    """Offers ``Diagonal`` beside what every streaming operator offers."""
+
+    def diagonal(self) -> Float[Tensor, " P"]:
+        """``1/N Σ_i Σ_cd H_i[c, d] J_i[c]∘J_i[d]``, from per-sample Jacobians within the budget."""
+        problem, parameters = self.problem, self.parameters
+        total = torch.zeros(parameters.numel, dtype=self.dtype, device=self.device)
+        for batch, size in problem.batches():
+            with torch.no_grad():
+                width = problem.outputs({}, batch)[0].numel()
+            for chunk in sample_chunks(problem, parameters, batch, size, copies=2 * width):
+                jacobian, curvature = sample_jacobians(problem, parameters, chunk)
+                total += torch.einsum("ncp,ncd,ndp->p", jacobian, curvature, jacobian)
+        return total / problem.size
+
+
+@dataclass(frozen=True)
+class GaussNewton:
+    """Generalised Gauss-Newton matrix ``1/N Σ_i J_iᵀ H_i J_i``, positive semidefinite.
+
+    ``J_i`` is the Jacobian of the model's output for sample ``i`` and ``H_i = ∇²_out ℓ_i`` the Hessian
+    of its loss with respect to that output. It equals the Fisher information where the loss is the
+    negative log-likelihood of an exponential family in its natural parameters (cross-entropy, squared
+    error, BCE with logits), and is positive semidefinite for any loss convex in the output.
+    Schraudolph (2002), "Fast Curvature Matrix-Vector Products for Second-Order Gradient Descent", §3;
+    Martens (2020), "New Insights and Perspectives on the Natural Gradient Method", §8.
+
+    Attributes:
+        precompute_grad: Keep each batch's graphs for the next product.
+    """
+
+    precompute_grad: bool = False
+
+    def operator(self, problem: Problem, parameters: ParameterSpace) -> LinearOperator:
+        """The Gauss-Newton matrix with respect to ``parameters``."""
+        return GaussNewtonOperator(problem, parameters, GaussNewtonLinearization, self.precompute_grad)

@@ -1,0 +1,176 @@
+"""The operator behind every source: a sum over batches, each linearised once and applied to all columns."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from influence_framework.data import Batch
+from influence_framework.errors import NonFiniteError
+from influence_framework.operators import Operator
+from influence_framework.parameters import ParameterSpace
+from influence_framework.problem import Problem
+from influence_framework.protocols import LinearOperator
+
+CACHE_BYTES = 12 * 2**20
+"""Working set up to which several columns at a time are faster than one after the other on a CPU."""
+
+
+class Linearization(ABC):
+    """The curvature of one batch at fixed parameters, with its autograd graphs kept.
+
+    A subclass builds its graphs in ``_build`` and applies them to rows in :meth:`apply`. Every further
+    row costs only the backward passes through graphs that exist already.
+    """
+
+    def __init__(self, problem: Problem, parameters: ParameterSpace, batch: Batch) -> None:
+        self.parameters = parameters
+        self.leaves = list((leaves := parameters.leaves(problem.model)).values())
+        # A second backward pass makes about as many tensors as the first, and that as the forward pass.
+        self.row_bytes = 3 * problem.sample_bytes * problem.objective.size(batch)
+        with torch.enable_grad():
+            self._build(problem, leaves, batch)
+
+    @abstractmethod
+    def _build(self, problem: Problem, leaves: dict[str, Tensor], batch: Batch) -> None:
+        """Build the graphs that :meth:`apply` goes through."""
+
+    @abstractmethod
+    def apply(self, rows: Float[Tensor, "k P"]) -> Float[Tensor, "k P"]:
+        """The product of this batch's curvature (of its mean loss) with ``k`` rows."""
+
+    def rows_at_once(self, budget: int) -> int:
+        """How many rows to push through the graphs together."""
+        if self.parameters.device.type != "cpu":
+            return max(1, budget // self.row_bytes)
+        together = CACHE_BYTES // self.row_bytes
+        # Batching a handful of rows gains less than the layouts that it forces cost.
+        return together if together >= 8 else 1
+
+
+@dataclass(eq=False)
+class _GraphCache:
+    """Linearisations kept between products; moving to another device drops them."""
+
+    kept: list[tuple[Linearization, int]] | None = None
+
+    def to(self, device: Any) -> _GraphCache:
+        return _GraphCache()
+
+
+@dataclass(frozen=True, eq=False)
+class StreamingOperator(Operator):
+    """``C = Σ_b (n_b / N) C_b`` over the batches of a problem, at the model's current parameters.
+
+    One product costs one pass over the data whatever the number of columns: each batch is linearised
+    once, and all columns go through its graphs. Offers ``Minibatches``.
+
+    Attributes:
+        problem: Model, objective and data.
+        parameters: What is differentiated with respect to; a subset of ``problem.parameters``.
+        linearize: Builds the curvature of one batch.
+        keep_graphs: Keep every batch's graphs for the next product: faster, at their price in memory.
+    """
+
+    problem: Problem
+    parameters: ParameterSpace
+    linearize: Callable[[Problem, ParameterSpace, Batch], Linearization]
+    keep_graphs: bool = False
+    _cache: _GraphCache = field(default_factory=_GraphCache, repr=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.parameters.numel, self.parameters.numel)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parameters.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.parameters.device
+
+    def _linearizations(self) -> Iterator[tuple[Linearization, int]]:
+        if not self.keep_graphs:
+            for batch, size in self.problem.batches():
+                yield self.linearize(self.problem, self.parameters, batch), size
+            return
+        if self._cache.kept is None:
+            self._cache.kept = [
+                (self.linearize(self.problem, self.parameters, batch), size)
+                for batch, size in self.problem.batches()
+            ]
+        yield from self._cache.kept
+
+    def _matmat(self, columns: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
+        # Rows are contiguous vectors: each parameter's part of them is a view, with nothing to copy.
+        rows = columns.T.contiguous()
+        product = torch.zeros_like(rows)
+        for linearization, size in self._linearizations():
+            add_batch(product, linearization, rows, size / self.problem.size, self.problem.memory_budget)
+        if not torch.isfinite(product).all() and torch.isfinite(columns).all():
+            raise NonFiniteError(
+                "A curvature product contains NaN or infinity: a gradient of the model overflows. "
+                "Check the scale of the data and of the parameters, or use float64."
+            )
+        return product.T
+
+    def minibatches(self, generator: torch.Generator) -> Iterator[LinearOperator]:
+        """Operators of random mini-batches, without end."""
+        for batch, size in self.problem.random_batches(generator):
+            yield MinibatchOperator(self, batch, size)
+
+
+def add_batch(
+    product: Float[Tensor, "k P"],
+    linearization: Linearization,
+    rows: Float[Tensor, "k P"],
+    weight: float,
+    budget: int,
+) -> None:
+    """Add ``weight · C_b · rows`` to ``product``, as many rows at a time as pays."""
+    step = linearization.rows_at_once(budget)
+    for start in range(0, rows.shape[0], step):
+        part = slice(start, start + step)
+        product[part].add_(linearization.apply(rows[part]), alpha=weight)
+
+
+@dataclass(frozen=True, eq=False)
+class MinibatchOperator(Operator):
+    """The curvature ``C_b`` of one mini-batch's mean loss.
+
+    Attributes:
+        whole: The operator over all data that this batch is a sample of.
+        batch: Its samples.
+        size: Their number.
+    """
+
+    whole: StreamingOperator
+    batch: Batch
+    size: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.whole.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.whole.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.whole.device
+
+    def _matmat(self, columns: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
+        rows = columns.T.contiguous()
+        product = torch.zeros_like(rows)
+        problem = self.whole.problem
+        linearization = self.whole.linearize(problem, self.whole.parameters, self.batch)
+        add_batch(product, linearization, rows, 1.0, problem.memory_budget)
+        return product.T

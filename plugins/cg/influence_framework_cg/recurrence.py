@@ -1,0 +1,151 @@
+"""Preconditioned conjugate gradients for many right-hand sides at once, each with its own coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from influence_framework.errors import InvalidInputError
+from influence_framework.protocols import StopReason
+
+Rows = Float[Tensor, "k P"]
+Apply = Callable[[Tensor], Tensor]
+Notify = Callable[[int, int], None]
+"""Called once an iteration with its number and the number of systems left."""
+
+REPLACE_EVERY = 50
+"""Iterations between replacements of the recursive residual by the true one."""
+
+
+@dataclass
+class Systems:
+    """The systems still being worked on, one a row, and where each stands.
+
+    Attributes:
+        apply: ``V ↦ V (C + λI)`` on rows.
+        precondition: ``R ↦ R M⁻¹`` on rows.
+        rhs: Right-hand sides.
+        value: Current iterates, updated in place.
+        residual: Their residuals.
+        tolerance: On ``‖r‖``, one each.
+        reason: Why each was ended; ``None`` while it is worked on.
+        iterations: Products spent on each.
+        limit: Iteration limit.
+        notify: Progress.
+    """
+
+    apply: Apply
+    precondition: Apply
+    rhs: Rows
+    value: Rows
+    residual: Rows
+    tolerance: Float[Tensor, " k"]
+    reason: list[StopReason | None]
+    iterations: Int[Tensor, " k"]
+    limit: int
+    notify: Notify
+
+    def __post_init__(self) -> None:
+        self._checkpoint = row_norms(self.residual)
+
+    def end(self, which: Int[Tensor, " m"], reason: StopReason) -> None:
+        """Stop working on these systems."""
+        for system in which.tolist():
+            self.reason[system] = reason
+
+    def settle(self, active: Int[Tensor, " m"], norms: Float[Tensor, " m"]) -> Bool[Tensor, " m"]:
+        """End systems that reached their tolerance, their limit or NaN; the mask of those that go on."""
+        broken = ~torch.isfinite(norms)
+        reached = norms <= self.tolerance[active]
+        spent = self.iterations[active] >= self.limit
+        self.end(active[broken], StopReason.NOT_FINITE)
+        self.end(active[reached], StopReason.CONVERGED)
+        self.end(active[spent & ~reached & ~broken], StopReason.ITERATION_LIMIT)
+        return ~(broken | reached | spent)
+
+    def replace(self, active: Int[Tensor, " m"], recursive: Rows) -> tuple[Rows, Bool[Tensor, " m"]]:
+        """True residuals, and the mask of systems on which further work can still gain something.
+
+        Where the true residual is mostly the error of the recursion and has not halved since the last
+        replacement, the attainable accuracy is reached: van der Vorst and Ye (2000), "Residual
+        Replacement Strategies for Krylov Subspace Iterative Methods", §3.
+        """
+        true = self.rhs[active] - self.apply(self.value[active])
+        norms = row_norms(true)
+        lost = (row_norms(true - recursive) > 0.5 * norms) & (norms > 0.5 * self._checkpoint[active])
+        lost &= norms > self.tolerance[active]
+        self._checkpoint[active] = norms
+        self.end(active[lost], StopReason.STAGNATED)
+        return true, ~lost
+
+
+def row_norms(rows: Rows) -> Float[Tensor, " k"]:
+    """Euclidean norm of each row."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norms
+
+
+def inner(a: Rows, b: Rows) -> Float[Tensor, " k"]:
+    """Inner product of each row of ``a`` with that of ``b``."""
+    products: Tensor = torch.linalg.vecdot(a, b)
+    return products
+
+
+def conjugate_gradients(systems: Systems, active: Int[Tensor, " m"]) -> None:
+    """Run PCG on the ``active`` systems until each is ended; results land in ``systems``.
+
+    Hestenes and Stiefel (1952) with a preconditioner, as in Saad (2003), "Iterative Methods for Sparse
+    Linear Systems", algorithm 9.1. All systems share each product, each has its own step lengths, and
+    those that are done leave the product.
+    """
+    residual = systems.residual[active]
+    keep = systems.settle(active, row_norms(residual))
+    active, residual = active[keep], residual[keep]
+    direction = systems.precondition(residual)
+    rho = _checked_rho(inner(residual, direction))
+    iteration = 0
+    while len(active):
+        product = systems.apply(direction)
+        curvature = inner(direction, product)
+        systems.iterations[active] += 1
+        iteration += 1
+        # ~(c > 0) also catches NaN, which settle() would only see a step later.
+        bad = ~(curvature > 0)
+        if bad.any():
+            systems.end(active[bad & torch.isfinite(curvature)], StopReason.NEGATIVE_CURVATURE)
+            systems.end(active[~torch.isfinite(curvature)], StopReason.NOT_FINITE)
+            good = ~bad
+            active, residual, direction, product = active[good], residual[good], direction[good], product[good]
+            curvature, rho = curvature[good], rho[good]
+            if not len(active):
+                break
+        step = (rho / curvature)[:, None]
+        systems.value.index_add_(0, active, step * direction)
+        residual = residual - step * product
+        keep = torch.ones(len(active), dtype=torch.bool, device=active.device)
+        if iteration % REPLACE_EVERY == 0:
+            residual, keep = systems.replace(active, residual)
+        norms = row_norms(residual)
+        keep[keep.clone()] = systems.settle(active[keep], norms[keep])
+        systems.notify(iteration, int(keep.sum()))
+        if not keep.all():
+            active, residual, direction, rho = active[keep], residual[keep], direction[keep], rho[keep]
+        if not len(active):
+            break
+        preconditioned = systems.precondition(residual)
+        latest = _checked_rho(inner(residual, preconditioned))
+        direction = preconditioned + (latest / rho)[:, None] * direction
+        rho = latest
+
+
+def _checked_rho(rho: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
+    if (rho < 0).any():
+        raise InvalidInputError(
+            f"The preconditioner is not positive definite: rᵀM⁻¹r = {rho.min().item():.3g}. Conjugate "
+            "gradients need a symmetric positive definite one."
+        )
+    return rho

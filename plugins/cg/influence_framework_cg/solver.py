@@ -1,0 +1,227 @@
+"""The solver ``cg``: options, and what surrounds the recurrences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from influence_framework.errors import InvalidInputError
+from influence_framework.inverses import Inverse, make_solution
+from influence_framework.operators import require_capabilities
+from influence_framework.protocols import (
+    InverseOperator,
+    LinearOperator,
+    Reregularizable,
+    Solution,
+    Solver,
+    StopReason,
+)
+from influence_framework_cg.block import block_conjugate_gradients
+from influence_framework_cg.recurrence import Rows, Systems, conjugate_gradients, row_norms
+
+
+@dataclass(frozen=True)
+class CgSolver:
+    """Preconditioned conjugate gradients for all right-hand sides together.
+
+    Solves ``(C + λI) x = b`` to ``‖b − (C + λI)x‖ ≤ max(rtol·‖b‖, atol)``, as SciPy defines it, for
+    positive definite ``C + λI``. The residual that decides is the true one: the recursive one is
+    replaced by it every 50 iterations, and a system that the recursion calls solved is checked, and
+    worked on further where the recursion was wrong. Systems that meet non-positive curvature, the
+    iteration limit or the limit of the dtype's accuracy are reported one by one.
+
+    Attributes:
+        rtol: Relative tolerance.
+        atol: Absolute tolerance.
+        maxiter: Iteration limit; ``10·P`` where left out.
+        preconditioner: A solver whose inverse is one fixed positive definite matrix, such as ``jacobi``.
+        x0: Initial guess, ``(P,)`` for every right-hand side or ``(P, k)``; zero where left out.
+        block: Share one Krylov space between all right-hand sides (block CG): fewer iterations for many
+            right-hand sides, at ``O(P k²)`` extra work for each.
+        progress: Show a bar that counts the systems solved.
+        warn_on_max_iteration: Warn of systems that reached the iteration limit.
+    """
+
+    rtol: float = 1e-7
+    atol: float = 1e-7
+    maxiter: int | None = None
+    preconditioner: Solver | None = None
+    x0: Float[Tensor, "P *k"] | None = field(default=None, compare=False)
+    block: bool = False
+    progress: bool = False
+    warn_on_max_iteration: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("rtol", "atol"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
+                raise InvalidInputError(f"{name} must be finite and not negative, got {value!r}.")
+        if self.maxiter is not None and (not isinstance(self.maxiter, int) or self.maxiter < 1):
+            raise InvalidInputError(f"maxiter must be a positive integer or None, got {self.maxiter!r}.")
+        if self.x0 is not None and not isinstance(self.x0, Tensor):
+            raise InvalidInputError(f"x0 must be a tensor or None, got {type(self.x0).__name__}.")
+        if self.preconditioner is None:
+            return
+        if not isinstance(self.preconditioner, Solver):
+            raise InvalidInputError(
+                "The preconditioner must be a solver instance (compose() also takes its name), got "
+                f"{self.preconditioner!r}."
+            )
+        if not getattr(self.preconditioner, "fixed", False):
+            raise InvalidInputError(
+                f"{type(self.preconditioner).__name__} cannot precondition 'cg': a preconditioner is a "
+                "solver whose inverse is one fixed symmetric positive definite matrix (fixed = True), such "
+                "as 'jacobi'."
+            )
+
+    def fit(self, operator: LinearOperator, regularization: float) -> CgInverse:
+        """Fit the preconditioner; the systems themselves are solved on demand."""
+        fitted = None
+        if self.preconditioner is not None:
+            fitted = self._fit_preconditioner(self.preconditioner, operator, regularization)
+        return CgInverse(operator, regularization, self, fitted)
+
+    @staticmethod
+    def _fit_preconditioner(solver: Solver, operator: LinearOperator, regularization: float) -> InverseOperator:
+        name = type(solver).__name__
+        require_capabilities(f"The preconditioner {name}", operator, getattr(solver, "requires", ()))
+        fitted = solver.fit(operator, regularization)
+        if not isinstance(fitted, LinearOperator) or fitted.shape != operator.shape:
+            raise InvalidInputError(
+                f"{name}.fit returned {type(fitted).__name__} where an inverse operator of shape "
+                f"{operator.shape} was expected: the preconditioner is faulty."
+            )
+        return fitted
+
+
+@dataclass(frozen=True, eq=False)
+class CgInverse(Inverse):
+    """``(C + λI)⁻¹`` by conjugate gradients, solved anew for every right-hand side.
+
+    Attributes:
+        base: ``C``.
+        regularization: λ.
+        solver: The options.
+        preconditioner: Fitted; ``None`` for none.
+    """
+
+    base: LinearOperator
+    regularization: float
+    solver: CgSolver
+    preconditioner: InverseOperator | None
+
+    @property
+    def quiet(self) -> frozenset[StopReason]:
+        silent = () if self.solver.warn_on_max_iteration else (StopReason.ITERATION_LIMIT,)
+        return frozenset(silent)
+
+    def with_regularization(self, regularization: float) -> CgInverse:
+        """Another λ; the preconditioner follows, refitted only if it must be."""
+        fitted = self.preconditioner
+        if fitted is None:
+            return replace(self, regularization=regularization)
+        if isinstance(fitted, Reregularizable):
+            return replace(
+                self,
+                regularization=regularization,
+                preconditioner=fitted.with_regularization(regularization),
+            )
+        return self.solver.fit(self.base, regularization)
+
+    def _apply(self, rows: Rows) -> Rows:
+        return torch.add((self.base @ rows.T).T, rows, alpha=self.regularization)
+
+    def _precondition(self, rows: Rows) -> Rows:
+        return rows if self.preconditioner is None else (self.preconditioner @ rows.T).T
+
+    def _solve(self, columns: Float[Tensor, "P k"]) -> Solution:
+        rhs = columns.T.contiguous()
+        norms = row_norms(rhs)
+        with tqdm(
+            total=len(rhs), desc="Conjugate gradients", unit="system", disable=not self.solver.progress
+        ) as progress:
+            systems = self._systems(rhs, norms, _notifier(progress))
+            true = self._run(systems, norms)
+        relative = torch.where(norms == 0, 0.0, row_norms(true).double() / norms.double())
+        reasons = [reason or StopReason.CONVERGED for reason in systems.reason]
+        return make_solution(systems.value.T, relative, reasons, systems.iterations.tolist())
+
+    def _systems(self, rhs: Rows, norms: Float[Tensor, " k"], notify: Callable[[int, int], None]) -> Systems:
+        value = self._initial(rhs)
+        value[norms == 0] = 0.0
+        maxiter = self.solver.maxiter
+        return Systems(
+            apply=self._apply,
+            precondition=self._precondition,
+            rhs=rhs,
+            value=value,
+            residual=rhs.clone() if self.solver.x0 is None else rhs - self._apply(value),
+            tolerance=(self.solver.rtol * norms).clamp_min(self.solver.atol),
+            reason=[None] * len(rhs),
+            iterations=torch.zeros(len(rhs), dtype=torch.int64, device=rhs.device),
+            limit=10 * rhs.shape[1] if maxiter is None else maxiter,
+            notify=notify,
+        )
+
+    def _run(self, systems: Systems, norms: Float[Tensor, " k"]) -> Rows:
+        """Run the recurrence until every claim it makes is true; the true residuals."""
+        method = block_conjugate_gradients if self.solver.block else conjugate_gradients
+        active = torch.nonzero(norms).flatten()
+        true = systems.residual
+        previous = row_norms(true)
+        while len(active):
+            method(systems, active)
+            true[active] = systems.rhs[active] - self._apply(systems.value[active])
+            latest = row_norms(true)
+            again = self._claimed_in_error(systems, active, latest)
+            stuck = latest[again] > 0.5 * previous[again]
+            systems.end(again[stuck], StopReason.STAGNATED)
+            previous = latest
+            active = again[~stuck]
+            for system in active.tolist():
+                systems.reason[system] = None
+        return true
+
+    @staticmethod
+    def _claimed_in_error(
+        systems: Systems, active: Int[Tensor, " m"], norms: Float[Tensor, " k"]
+    ) -> Int[Tensor, " l"]:
+        claimed = torch.tensor(
+            [systems.reason[system] is StopReason.CONVERGED for system in active.tolist()],
+            dtype=torch.bool,
+            device=active.device,
+        )
+        return active[claimed & (norms[active] > systems.tolerance[active])]
+
+    def _initial(self, rhs: Rows) -> Rows:
+        guess = self.solver.x0
+        if guess is None:
+            return torch.zeros_like(rhs)
+        if guess.shape not in (rhs.shape[1:], rhs.T.shape):
+            raise InvalidInputError(
+                f"x0 must be ({rhs.shape[1]},) or {tuple(rhs.T.shape)} for these right-hand sides, got "
+                f"{tuple(guess.shape)}."
+            )
+        if guess.dtype != rhs.dtype or guess.device != rhs.device:
+            raise InvalidInputError(
+                f"x0 is {guess.dtype} on {guess.device}, the right-hand sides {rhs.dtype} on {rhs.device}: "
+                "convert it with .to(...)."
+            )
+        return (guess if guess.ndim == 1 else guess.T).expand(rhs.shape).clone()
+
+
+def _notifier(progress: tqdm[Any]) -> Callable[[int, int], None]:
+    total = int(progress.total or 0)
+
+    def notify(iteration: int, left: int) -> None:
+        progress.set_postfix(iteration=iteration, refresh=False)
+        progress.update(max(0, total - left - progress.n))
+
+    return notify

@@ -1,0 +1,14 @@
+"""The solver ``direct``: one factorisation of ``C + λI`` for all right-hand sides."""
+
+from influence_framework import hookimpl
+from influence_framework.hookspecs import Register
+from influence_framework_direct.solver import DirectInverse, DirectSolver
+
+
+@hookimpl
+def register_solvers(register: Register) -> None:
+    """Register ``direct``."""
+    register("direct", DirectSolver)
+
+
+__all__ = ["DirectInverse", "DirectSolver", "register_solvers"]

@@ -1,0 +1,145 @@
+"""Dense direct solves."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from influence_framework.errors import (
+    IndefiniteOperatorWarning,
+    InvalidInputError,
+    NonFiniteError,
+    SingularOperatorError,
+)
+from influence_framework.inverses import Inverse, make_solution, relative_residuals
+from influence_framework.operators import DenseOperator, to_dense
+from influence_framework.protocols import LinearOperator, Solution, StopReason
+from influence_framework_direct.factorization import Factorization, condition_estimate, factorize
+
+
+@dataclass(frozen=True)
+class DirectSolver:
+    """Exact inverse by one dense factorisation, for models of up to some ten thousand parameters.
+
+    The matrix is taken from the operator where it offers one and formed by blocks of columns otherwise,
+    then factored once: by Cholesky, or, where ``C + λI`` is not positive definite, by a symmetric
+    indefinite factorisation (Bunch and Kaufman 1977) with a warning. Forming costs up to ``P`` products,
+    factoring ``P³/3`` flops, each right-hand side ``2P²``; memory is two ``P × P`` matrices.
+
+    Attributes:
+        block_size: Columns of the matrix formed at a time.
+    """
+
+    block_size: int = 256
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise InvalidInputError(f"block_size counts columns and must be positive, got {self.block_size}.")
+
+    def fit(self, operator: LinearOperator, regularization: float) -> DirectInverse:
+        """Form and factor ``C + λI``.
+
+        Raises:
+            SingularOperatorError: Singular or too badly conditioned for the dtype.
+            InvalidInputError: The matrices would not fit this machine's memory.
+            NonFiniteError: The matrix contains NaN or infinity.
+
+        Warns:
+            IndefiniteOperatorWarning: ``C + λI`` is not positive definite.
+        """
+        _check_memory(operator)
+        matrix = to_dense(operator, block_size=self.block_size)
+        if not torch.isfinite(matrix).all():
+            raise NonFiniteError(
+                "The curvature matrix contains NaN or infinity: check the scale of data and parameters."
+            )
+        # Rounding leaves the products of columns unsymmetric in the last digits.
+        matrix = matrix.add_(matrix.mT.clone()).mul_(0.5)
+        return _invert(DenseOperator(matrix), regularization)
+
+
+@dataclass(frozen=True, eq=False)
+class DirectInverse(Inverse):
+    """``(C + λI)⁻¹`` through a factorisation.
+
+    Attributes:
+        base: ``C``, formed.
+        regularization: λ.
+        factorization: Of ``C + λI``.
+        condition: Estimate of the 1-norm condition number of ``C + λI``.
+    """
+
+    base: DenseOperator
+    regularization: float
+    factorization: Factorization
+    condition: float
+
+    def _matmat(self, columns: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
+        return self.factorization.solve(columns)
+
+    def _solve(self, columns: Float[Tensor, "P k"]) -> Solution:
+        value = self.factorization.solve(columns)
+        finite = torch.isfinite(value).all(dim=0).tolist()
+        residual = relative_residuals(self.base, self.regularization, value, columns)
+        reasons = [StopReason.CONVERGED if good else StopReason.NOT_FINITE for good in finite]
+        return make_solution(value, residual, reasons)
+
+    def with_regularization(self, regularization: float) -> DirectInverse:
+        """Another λ from the formed matrix: one factorisation, no product with the curvature."""
+        return _invert(self.base, regularization)
+
+
+def _invert(base: DenseOperator, regularization: float) -> DirectInverse:
+    shifted = base.to_dense()
+    shifted.diagonal().add_(regularization)
+    norm = torch.linalg.matrix_norm(shifted, ord=1).item()
+    factorization = factorize(shifted)
+    condition = condition_estimate(factorization, norm)
+    # Beyond this not one digit of the solution is certain.
+    if not condition < 0.1 / torch.finfo(base.dtype).eps:
+        raise _singular(base, regularization, condition)
+    if not factorization.positive_definite:
+        lowest = torch.linalg.eigvalsh(shifted.double())[0].item()
+        warnings.warn(
+            f"C + λI is not positive definite at λ = {regularization:g}: its most negative eigenvalue is "
+            f"{lowest:.4g}. The inverse is exact, but scores along such directions have the opposite sign "
+            f"of a minimum's. For a positive definite system use λ > {regularization - lowest:.4g}, or the "
+            "source 'gauss_newton'.",
+            IndefiniteOperatorWarning,
+            stacklevel=4,
+        )
+    return DirectInverse(base, regularization, factorization, condition)
+
+
+def _singular(base: DenseOperator, regularization: float, condition: float) -> SingularOperatorError:
+    spectrum = torch.linalg.eigvalsh(base.matrix.double())
+    lowest, largest = spectrum[0].item(), spectrum.abs().max().item()
+    # Half the digits of the dtype are left for the solution.
+    suggested = max(-lowest, 0.0) + max(largest, 1e-30) * torch.finfo(base.dtype).eps ** 0.5
+    return SingularOperatorError(
+        f"C + λI is singular to working precision at λ = {regularization:g}: its condition number is about "
+        f"{condition:.1e}, {base.dtype} can work with less than {0.1 / torch.finfo(base.dtype).eps:.0e}. "
+        f"The eigenvalues of C lie in [{lowest:.3g}, {spectrum[-1].item():.3g}]: use "
+        f"hessian_regularization ≥ {suggested:.2g}.",
+        condition,
+        suggested,
+    )
+
+
+def _check_memory(operator: LinearOperator) -> None:
+    size = operator.shape[0]
+    needed = 2 * size**2 * torch.empty(0, dtype=operator.dtype).element_size()
+    if operator.device.type == "cpu":
+        present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        present = torch.cuda.get_device_properties(operator.device).total_memory
+    if needed > present:
+        raise InvalidInputError(
+            f"'direct' holds two {size} × {size} matrices ({needed / 2**30:.1f} GiB) and this machine has "
+            f"{present / 2**30:.1f} GiB: use blocks='per_layer', or an iterative solver such as 'cg'."
+        )
