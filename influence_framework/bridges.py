@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import scipy.sparse.linalg
 import torch
 from jaxtyping import Float
@@ -26,8 +27,8 @@ def to_scipy(operator: LinearOperator) -> scipy.sparse.linalg.LinearOperator:
     half = operator.dtype in (torch.bfloat16, torch.float16)
     host_dtype = torch.float32 if half else operator.dtype
 
-    def product(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        columns = torch.as_tensor(np.ascontiguousarray(array)).to(operator.device, operator.dtype)
+    def product(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        columns = _tensor(array).to(operator.device, operator.dtype)
         return np.asarray((operator @ columns).to("cpu", host_dtype).contiguous().numpy())
 
     return scipy.sparse.linalg.LinearOperator(
@@ -38,6 +39,11 @@ def to_scipy(operator: LinearOperator) -> scipy.sparse.linalg.LinearOperator:
         rmatmat=product,
         dtype=torch.empty(0, dtype=host_dtype).numpy().dtype,
     )
+
+
+def _tensor(array: npt.NDArray[Any]) -> Tensor:
+    """The array as a tensor, copied where torch could not hold it: negative strides, or read-only."""
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +69,7 @@ class ScipyOperator(Operator):
     def _matmat(self, columns: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
         half = columns.dtype in (torch.bfloat16, torch.float16)
         array = columns.detach().to("cpu", torch.float32 if half else columns.dtype).numpy()
-        return torch.as_tensor(np.ascontiguousarray(self.base.matmat(array))).to(columns)
+        return _tensor(self.base.matmat(array)).to(columns)
 
 
 def from_scipy(

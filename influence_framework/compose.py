@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
 from torch import nn
@@ -102,11 +104,22 @@ def _resolve_nested(method: Method, options: dict[str, Any], registry: Registry)
 
 
 def _solver_options(cls: type[Any]) -> set[str]:
-    hints: dict[str, Any] = {}
-    for owner in (cls, cls.__init__):
-        try:
-            hints |= get_type_hints(owner)
-        except (NameError, TypeError, AttributeError):
-            # Annotations that exist for the type checker alone cannot be looked up: nothing is nested.
-            continue
-    return {name for name, hint in hints.items() if Solver in (hint, *get_args(hint))}
+    """The options annotated as solvers, be it on the class, on a base or on ``__init__``."""
+    return {
+        name
+        for owner in (*cls.__mro__, cls.__init__)
+        for name, annotation in inspect.get_annotations(owner).items()
+        if _is_solver(annotation, owner)
+    }
+
+
+def _is_solver(annotation: Any, owner: Any) -> bool:
+    module = sys.modules.get(owner.__module__)
+    namespace = getattr(owner, "__globals__", None) or vars(module or object)
+    alone = SimpleNamespace(__annotations__={"option": annotation})
+    try:
+        # One by one, since an annotation that exists for the type checker alone cannot be looked up.
+        hint = get_type_hints(alone, globalns=dict(namespace))["option"]
+    except (NameError, TypeError, AttributeError, SyntaxError):
+        return False
+    return Solver in (hint, *get_args(hint))

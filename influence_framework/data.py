@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -111,15 +112,28 @@ def check_reiterable(data: Any) -> None:
         )
 
 
-def random_state() -> Any:
+@dataclass(frozen=True, eq=False)
+class RandomState:
     """Python's, NumPy's and torch's global random states on the host."""
-    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+    python: Any
+    numpy: Any
+    torch: Tensor
+
+    def to(self, device: Any) -> RandomState:
+        """Itself: these states belong to the host, whatever device the model is on."""
+        return self
 
 
-def _set_random_state(state: Any) -> None:
-    random.setstate(state[0])
-    np.random.set_state(state[1])
-    torch.set_rng_state(state[2])
+def random_state() -> RandomState:
+    """The present global random states."""
+    return RandomState(random.getstate(), np.random.get_state(), torch.get_rng_state())
+
+
+def _set_random_state(state: RandomState) -> None:
+    random.setstate(state.python)
+    np.random.set_state(state.numpy)
+    torch.set_rng_state(state.torch)
 
 
 @contextmanager
@@ -134,7 +148,7 @@ def random_state_kept() -> Iterator[None]:
             _set_random_state(state)
 
 
-def one_pass(data: Iterable[Batch], state: Any) -> Iterator[Batch]:
+def one_pass(data: Iterable[Batch], state: RandomState) -> Iterator[Batch]:
     """One pass over ``data`` that starts from the random ``state`` and leaves the global one alone.
 
     A loader draws from the global states when it shuffles, augments or merely starts an iteration.

@@ -15,8 +15,19 @@ def to_device(thing: Any, device: torch.device) -> Any:
     """``thing`` with every tensor in it on ``device``.
 
     Tensors, modules (moved in place, as ``nn.Module.to`` does) and whatever else has a ``to`` are moved
-    by it; dataclasses, mappings, lists and tuples part by part; everything else is kept as it is.
+    by it; dataclasses, mappings, lists and tuples part by part; everything else is kept as it is. What is
+    shared within ``thing`` is moved once and shared in the result.
     """
+    return _moved(thing, device, {})
+
+
+def _moved(thing: Any, device: torch.device, seen: dict[int, Any]) -> Any:
+    if id(thing) not in seen:
+        seen[id(thing)] = _move(thing, device, seen)
+    return seen[id(thing)]
+
+
+def _move(thing: Any, device: torch.device, seen: dict[int, Any]) -> Any:
     if isinstance(thing, torch.device):
         return device
     if isinstance(thing, torch.Tensor | nn.Module) or (
@@ -26,12 +37,14 @@ def to_device(thing: Any, device: torch.device) -> Any:
     if is_dataclass(thing) and not isinstance(thing, type):
         moved = copy.copy(thing)
         for part in fields(thing):
-            object.__setattr__(moved, part.name, to_device(getattr(thing, part.name), device))
+            object.__setattr__(moved, part.name, _moved(getattr(thing, part.name), device, seen))
         return moved
     if isinstance(thing, Mapping) and type(thing) is dict:
-        return {key: to_device(value, device) for key, value in thing.items()}
+        return {key: _moved(value, device, seen) for key, value in thing.items()}
     if type(thing) in (list, tuple):
-        return type(thing)(to_device(value, device) for value in thing)
+        return type(thing)(_moved(value, device, seen) for value in thing)
+    if isinstance(thing, tuple) and hasattr(thing, "_fields"):
+        return type(thing)(*(_moved(value, device, seen) for value in thing))
     return thing
 
 

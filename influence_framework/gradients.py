@@ -105,7 +105,7 @@ def sample_jacobians(
             return problem.outputs(values, sample).reshape(-1)
 
         parts = torch.func.jacrev(output)(leaves)
-        return torch.cat([parts[name].flatten(1) for name in parameters.names], dim=1)
+        return parameters.flatten_rows([parts[name] for name in parameters.names])
 
     def curvature(leaves: dict[str, Tensor], sample: Batch) -> Tensor:
         outputs = problem.outputs(leaves, sample)

@@ -24,7 +24,14 @@ from influence_framework.gradients import (
 from influence_framework.objective import Loss, Objective
 from influence_framework.operators import require_capabilities
 from influence_framework.parameters import Blocks
-from influence_framework.problem import DEFAULT_MEMORY_BUDGET, Problem, check_model
+from influence_framework.problem import (
+    DEFAULT_MEMORY_BUDGET,
+    Problem,
+    check_differentiable,
+    check_model,
+    check_unchanged,
+    model_state,
+)
 from influence_framework.protocols import (
     HessianSource,
     InfluenceMode,
@@ -58,10 +65,14 @@ class _Block:
 
 @dataclass(frozen=True, eq=False)
 class _Fit:
-    """Everything that ``fit`` leaves behind."""
+    """Everything that ``fit`` leaves behind.
+
+    ``state`` are the model's parameters and buffers as they were, to notice that it was trained on.
+    """
 
     problem: Problem
     blocks: dict[str, _Block]
+    state: dict[str, Tensor]
 
 
 class TorchInfluenceFunctionModel:
@@ -150,13 +161,19 @@ class TorchInfluenceFunctionModel:
                 operator = self.source.operator(problem, part)
                 index = problem.parameters.indices_of(part)
                 fitted[name] = _Block(index, operator, strengths[name], self._invert(operator, strengths[name]))
-        self._fit = _Fit(problem, fitted)
+        self._fit = _Fit(problem, fitted, model_state(self.model))
         return self
 
     def _invert(self, operator: LinearOperator, regularization: float) -> InverseOperator:
         requires = getattr(self.solver, "requires", ())
         require_capabilities(type(self.solver).__name__, operator, requires)
-        return self.solver.fit(operator, regularization)
+        inverse = self.solver.fit(operator, regularization)
+        if not isinstance(inverse, InverseOperator) or inverse.shape != operator.shape:
+            raise InvalidInputError(
+                f"{type(self.solver).__name__}.fit returned {type(inverse).__name__} where an inverse operator "
+                f"of shape {operator.shape} was expected: the solver is faulty."
+            )
+        return inverse
 
     def with_regularization(self, hessian_regularization: float | Mapping[str, float]) -> Self:
         """The same model at another λ; this one stays as it is.
@@ -180,7 +197,7 @@ class TorchInfluenceFunctionModel:
                     )
                     for name, block in self._fit.blocks.items()
                 }
-            other._fit = _Fit(self._fit.problem, blocks)
+            other._fit = replace(self._fit, blocks=blocks)
         return other
 
     def to(self, device: torch.device | str) -> Self:
@@ -238,6 +255,8 @@ class TorchInfluenceFunctionModel:
                 f"Got {given} without {missing}: pass both, or neither to score the test points on each other."
             )
         train = test if x is None else self._checked((x, y), "training points")
+        if mode is InfluenceMode.Perturbation:
+            check_differentiable(train)
         with random_state_kept():
             if mode is InfluenceMode.Up and self._size(train) < self._size(test):
                 transposed = self._scores(fitted, train, test, mode)
@@ -320,6 +339,7 @@ class TorchInfluenceFunctionModel:
                 raise InvalidInputError(f"{name} of the {what} is missing: pass both x and y.")
         problem = self._fitted().problem
         check_model(problem.model)
+        check_unchanged(problem.model, self._fitted().state)
         problem.validated(batch, what)
         return batch
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence_framework.errors import InvalidInputError, MissingCapabilityError
+from influence_framework.errors import InvalidInputError, MissingCapabilityError, NonFiniteError
 from influence_framework.protocols import Dense, Diagonal, LinearOperator
 
 
@@ -127,6 +127,8 @@ class DenseOperator(Operator):
             raise InvalidInputError(f"Expected a square matrix, got shape {tuple(matrix.shape)}.")
         if not matrix.dtype.is_floating_point:
             raise InvalidInputError(f"Expected a floating-point matrix, got {matrix.dtype}.")
+        if not torch.isfinite(matrix).all():
+            raise NonFiniteError("The matrix contains NaN or infinity.")
         asymmetry = torch.linalg.matrix_norm(matrix - matrix.mT)
         # A product of a few hundred rounded terms stays well below this; a wrong matrix does not.
         tolerance = matrix.shape[0] ** 0.5 * 100 * torch.finfo(matrix.dtype).eps
@@ -269,6 +271,11 @@ def to_dense(operator: LinearOperator, *, block_size: int = 256) -> Float[Tensor
     """
     if isinstance(operator, Dense):
         return operator.to_dense()
+    return dense_by_columns(operator, block_size=block_size)
+
+
+def dense_by_columns(operator: LinearOperator, *, block_size: int = 256) -> Float[Tensor, "P P"]:
+    """The full matrix from products with ``block_size`` columns of the identity at a time."""
     size = operator.shape[0]
     matrix = torch.empty((size, size), dtype=operator.dtype, device=operator.device)
     for start in range(0, size, block_size):
@@ -298,6 +305,7 @@ __all__ = [
     "ShiftedOperator",
     "SumOperator",
     "check_columns",
+    "dense_by_columns",
     "require_capabilities",
     "to_dense",
 ]

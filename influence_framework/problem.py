@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from influence_framework.data import (
     Batch,
+    RandomState,
     check_reiterable,
     join,
     leaves,
@@ -60,7 +61,7 @@ class Problem:
     batch_size: int
     sample_bytes: int
     memory_budget: int
-    state: Any
+    state: RandomState
 
     @classmethod
     def build(
@@ -280,6 +281,30 @@ def check_model(model: nn.Module) -> None:
             raise NonFiniteError(f"{name!r} of the model contains NaN or infinity: training has diverged.")
 
 
+def model_state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of all parameters and buffers by name."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor.detach().clone() for name, tensor in named}
+
+
+def check_unchanged(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raise unless parameters and buffers of ``model`` are what they were when ``state`` was taken."""
+    present = dict([*model.named_parameters(), *model.named_buffers()])
+    for name, before in state.items():
+        now = present.get(name)
+        if now is None or now.shape != before.shape or now.dtype != before.dtype or now.device != before.device:
+            what = "gone" if now is None else f"{tuple(now.shape)} {now.dtype} on {now.device}"
+            raise InvalidInputError(
+                f"{name!r} of the model was {tuple(before.shape)} {before.dtype} on {before.device} at the fit "
+                f"and is {what} now: fit again, or move the influence model with its own .to(device)."
+            )
+        if not torch.equal(now, before):
+            raise InvalidInputError(
+                f"{name!r} of the model has changed since the fit, so the curvature is that of another model: "
+                "fit again."
+            )
+
+
 def _random_or_batch_dependent(module: nn.Module) -> bool:
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return module.p > 0
@@ -308,3 +333,14 @@ def check_leaves(batch: Batch, parameters: ParameterSpace, what: str) -> None:
                 )
             if not torch.isfinite(tensor).all():
                 raise NonFiniteError(f"The {what} contains NaN or infinity: drop or impute those samples.")
+
+
+def check_differentiable(batch: Batch) -> None:
+    """Raise unless the input of ``batch`` is one floating-point tensor, as mode Perturbation needs it."""
+    x = batch[0]
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise InvalidInputError(
+            "Mode Perturbation differentiates with respect to the input, which must be one "
+            f"floating-point tensor; got {got}. Use mode='up', or feed the model embeddings."
+        )

@@ -9,7 +9,7 @@ Nothing here imports a concrete class, so a plugin may implement any of these by
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
@@ -78,21 +78,25 @@ class LayerBatch:
         inputs: What the layer was applied to, ``(n, *positions, in_features)``.
         output_gradients: Gradient of each sample's own loss (not divided by ``n``) with respect to
             the layer's output, ``(n, *positions, out_features)``.
-        weight: Name of the layer's weight, always among the operator's parameters.
-        bias: Name of its bias, or ``None`` where it has none or the bias is not a parameter.
+        weight: Name of the layer's weight, or ``None`` where it is not among the operator's parameters.
+        bias: Name of its bias, or ``None`` where it has none or it is not among the parameters.
     """
 
     inputs: Float[Tensor, "n *positions i"]
     output_gradients: Float[Tensor, "n *positions o"]
-    weight: str
+    weight: str | None
     bias: str | None
 
 
 @runtime_checkable
 class LayerStatistics(Protocol):
-    """Capability: inputs and output gradients of the linear layers, one mapping a batch."""
+    """Capability: inputs and output gradients of the linear layers, one mapping a batch.
 
-    def layer_batches(self) -> Iterator[Mapping[str, LayerBatch]]: ...
+    Each layer that owns some of the operator's parameters maps to its uses in the forward pass, in
+    order: one for an ordinary layer, none or several where the model skips it or applies it again.
+    """
+
+    def layer_batches(self) -> Iterator[Mapping[str, Sequence[LayerBatch]]]: ...
 
 
 class StopReason(Enum):

@@ -123,11 +123,20 @@ def installed_plugins() -> Iterator[_Origin]:
     """The entry points of group ``influence_framework``, ordered by distribution and name."""
     found = {}
     for entry in metadata.entry_points(group=hookspecs.PROJECT):
-        name = entry.dist.name if entry.dist else "unknown"
-        version = (entry.dist.version if entry.dist else None) or "unknown"
+        name, version = _identity(entry.dist)
         found[name, entry.name] = _Origin(entry.name, name, version, entry.load)
     for key in sorted(found):
         yield found[key]
+
+
+def _identity(distribution: metadata.Distribution | None) -> tuple[str, str]:
+    """Name and version, as far as they can be read: an interrupted removal leaves folders without them."""
+    if distribution is None:
+        return "unknown", "unknown"
+    try:
+        return distribution.name or "unknown", distribution.version or "unknown"
+    except Exception:  # what a missing file raises depends on the version of Python
+        return "unknown", "unknown"
 
 
 def _builtin_plugins() -> Iterator[_Origin]:
@@ -186,6 +195,7 @@ class Registry:
     def rescan(self) -> None:
         """Forget what was found, so that the next look-up sees newly installed plugins."""
         with self._lock:
+            importlib.invalidate_caches()
             self._scanned = None
 
     @property
@@ -212,7 +222,10 @@ class Registry:
                 )
                 continue
             for method in methods:
-                catalogue.methods[method.kind].setdefault(method.name, []).append(method)
+                claims = catalogue.methods[method.kind].setdefault(method.name, [])
+                # One class under one name is no conflict: a plugin under test is often installed as well.
+                if all(method.cls is not claim.cls for claim in claims):
+                    claims.append(method)
         return catalogue
 
     def _origins(self) -> Iterator[_Origin]:
@@ -234,7 +247,7 @@ class Registry:
                 nearest, and names plugins that failed to load.
             PluginConflictError: Several plugins claim the name.
         """
-        methods = self._catalogue.methods[kind].get(name, [])
+        methods = self._catalogue.methods[kind].get(name, []) if isinstance(name, str) else []
         if len(methods) > 1:
             raise PluginConflictError(_conflict(methods))
         if not methods:
@@ -247,12 +260,13 @@ class Registry:
         message = (
             f"Unknown {label} {name!r}.{did_you_mean(name, known)} Installed: {', '.join(known) or 'none'}."
         )
-        if kind == "solver" and isinstance(name, str) and name in OFFICIAL_DISTRIBUTIONS:
-            message += f" Install it with: pip install {OFFICIAL_DISTRIBUTIONS[name]}"
-        elif kind == "solver" and not known:
-            message += " Solvers are plugins of their own; get all with: pip install 'influence-framework[all]'"
         if self.failures:
-            message += " Plugins that failed to load: " + "; ".join(map(str, self.failures))
+            message += f" Plugins that failed to load: {'; '.join(map(str, self.failures))}."
+        official = OFFICIAL_DISTRIBUTIONS.get(str(name)) if kind == "solver" else None
+        if official and official not in [failure.distribution for failure in self.failures]:
+            message += f" Install it with: pip install {official}"
+        elif kind == "solver" and not known and not self.failures:
+            message += " Solvers are plugins of their own; get all with: pip install 'influence-framework[all]'"
         return message
 
 

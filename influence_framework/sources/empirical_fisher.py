@@ -10,10 +10,11 @@ from torch import Tensor
 
 from influence_framework.data import Batch
 from influence_framework.gradients import sample_chunks, sample_gradients
+from influence_framework.layers import LayerCurvature, Tape
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
 from influence_framework.protocols import LinearOperator
-from influence_framework.sources.gauss_newton import SandwichLinearization
+from influence_framework.sources.gauss_newton import SandwichLinearization, sandwich_at_layers
 from influence_framework.sources.streaming import StreamingOperator
 
 
@@ -25,6 +26,14 @@ class FisherLinearization(SandwichLinearization):
 
     def _middle(self, tangents: Tensor) -> Tensor | None:
         return tangents / self.outputs.shape[0]
+
+
+def fisher_at_layers(problem: Problem, tape: Tape, batch: Batch) -> LayerCurvature:
+    """``g_k g_lᵀ`` of every sample, with ``g_k`` its loss gradient at layer ``k``'s output."""
+    total = problem.objective.sample_losses(tape.outputs, batch).sum()
+    gradients = torch.autograd.grad(total, tape.shifts, materialize_grads=True)
+    one = gradients[0].new_ones(gradients[0].shape[0], 1, 1)
+    return sandwich_at_layers(tape, [gradient[:, None, :] for gradient in gradients], one)
 
 
 class EmpiricalFisherOperator(StreamingOperator):
@@ -56,4 +65,6 @@ class EmpiricalFisher:
 
     def operator(self, problem: Problem, parameters: ParameterSpace) -> LinearOperator:
         """The empirical Fisher with respect to ``parameters``."""
-        return EmpiricalFisherOperator(problem, parameters, FisherLinearization, self.precompute_grad)
+        return EmpiricalFisherOperator(
+            problem, parameters, FisherLinearization, fisher_at_layers, self.precompute_grad
+        )

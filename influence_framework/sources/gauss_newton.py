@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from influence_framework.data import Batch
 from influence_framework.gradients import pull_back, sample_chunks, sample_jacobians
+from influence_framework.layers import LayerCurvature, Tape, jacobians
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
 from influence_framework.protocols import LinearOperator
@@ -66,6 +68,30 @@ class GaussNewtonLinearization(SandwichLinearization):
         return pull_back([self.output_gradient], [self.output_leaf], [tangents])[0]
 
 
+def gauss_newton_at_layers(problem: Problem, tape: Tape, batch: Batch) -> LayerCurvature:
+    """``J_kᵀ H J_l`` of every sample, with ``J_k`` the Jacobian of its output at layer ``k``'s output."""
+    leaf = tape.outputs.detach().requires_grad_()
+    total = problem.objective.sample_losses(leaf, batch).sum()
+    (gradient,) = torch.autograd.grad(total, leaf, create_graph=True, materialize_grads=True)
+    (curvature,) = jacobians(gradient, [leaf])
+    if curvature is None:
+        curvature = leaf.new_zeros(*leaf.shape, leaf.shape[1])
+    return sandwich_at_layers(tape, jacobians(tape.outputs, tape.shifts), curvature)
+
+
+def sandwich_at_layers(
+    tape: Tape, factors: Sequence[Float[Tensor, "n c _o"] | None], middle: Float[Tensor, "n c d"]
+) -> LayerCurvature:
+    """``J_kᵀ H J_l`` from per-sample ``J_k``, ``(n, c, o_k)``; ``None`` where zero."""
+    blocks = {}
+    for k, left in enumerate(factors):
+        for other in range(k, len(factors)):
+            right = factors[other]
+            if left is not None and right is not None:
+                blocks[k, other] = left.mT @ (middle @ right)
+    return LayerCurvature(tape.uses, [use.inputs.detach() for use in tape.uses], blocks, {}, [])
+
+
 class GaussNewtonOperator(StreamingOperator):
     """Offers ``Diagonal`` beside what every streaming operator offers."""
 
@@ -101,4 +127,6 @@ class GaussNewton:
 
     def operator(self, problem: Problem, parameters: ParameterSpace) -> LinearOperator:
         """The Gauss-Newton matrix with respect to ``parameters``."""
-        return GaussNewtonOperator(problem, parameters, GaussNewtonLinearization, self.precompute_grad)
+        return GaussNewtonOperator(
+            problem, parameters, GaussNewtonLinearization, gauss_newton_at_layers, self.precompute_grad
+        )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from influence_framework.data import Batch
 from influence_framework.gradients import pull_back
+from influence_framework.layers import LayerCurvature, Tape, jacobians
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
 from influence_framework.protocols import LinearOperator
@@ -34,6 +35,27 @@ class HessianLinearization(Linearization):
         return self.parameters.gather_rows(products, rows)
 
 
+def hessian_at_layers(problem: Problem, tape: Tape, batch: Batch) -> LayerCurvature:
+    """Second derivatives of the samples' losses with respect to the outputs of the layers."""
+    shifts, inputs = tape.shifts, [use.inputs for use in tape.uses]
+    total = problem.objective.sample_losses(tape.outputs, batch).sum()
+    gradients = torch.autograd.grad(total, shifts, create_graph=True, materialize_grads=True)
+    blocks, flow = {}, {}
+    for k, gradient in enumerate(gradients):
+        # By symmetry the derivatives of g_k alone give all pairs (k, l) with l from k on.
+        for step, block in enumerate(jacobians(gradient, shifts[k:])):
+            if block is not None:
+                blocks[k, k + step] = block
+        for j, jacobian in enumerate(jacobians(inputs[k], shifts[:k])):
+            if jacobian is not None:
+                flow[j, k] = jacobian.mT
+    for pair in flow.keys() - blocks.keys():
+        k, other = pair
+        blocks[pair] = gradients[k].new_zeros(*gradients[k].shape, gradients[other].shape[1])
+    detached = [gradient.detach() for gradient in gradients]
+    return LayerCurvature(tape.uses, [a.detach() for a in inputs], blocks, flow, detached)
+
+
 @dataclass(frozen=True)
 class Hessian:
     """Exact Hessian ``1/N Σ_i ∇²ℓ_i`` of the mean loss over all training data.
@@ -51,4 +73,6 @@ class Hessian:
 
     def operator(self, problem: Problem, parameters: ParameterSpace) -> LinearOperator:
         """The Hessian with respect to ``parameters``."""
-        return StreamingOperator(problem, parameters, HessianLinearization, self.precompute_grad)
+        return StreamingOperator(
+            problem, parameters, HessianLinearization, hessian_at_layers, self.precompute_grad
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +13,14 @@ from torch import Tensor
 
 from influence_framework.data import Batch
 from influence_framework.errors import NonFiniteError
-from influence_framework.operators import Operator
+from influence_framework.layers import layer_batch, linear_layers
+from influence_framework.operators import Operator, dense_by_columns
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
-from influence_framework.protocols import LinearOperator
+from influence_framework.protocols import LayerBatch, LinearOperator
+from influence_framework.sources.layered import Curvature, layered_dense
 
-CACHE_BYTES = 12 * 2**20
+CACHE_BYTES = 24 * 2**20
 """Working set up to which several columns at a time are faster than one after the other on a CPU."""
 
 
@@ -69,18 +71,21 @@ class StreamingOperator(Operator):
     """``C = Σ_b (n_b / N) C_b`` over the batches of a problem, at the model's current parameters.
 
     One product costs one pass over the data whatever the number of columns: each batch is linearised
-    once, and all columns go through its graphs. Offers ``Minibatches``.
+    once, and all columns go through its graphs. Offers ``Minibatches``, ``Dense`` and
+    ``LayerStatistics``.
 
     Attributes:
         problem: Model, objective and data.
         parameters: What is differentiated with respect to; a subset of ``problem.parameters``.
         linearize: Builds the curvature of one batch.
+        at_layers: The same curvature with respect to the outputs of linear layers.
         keep_graphs: Keep every batch's graphs for the next product: faster, at their price in memory.
     """
 
     problem: Problem
     parameters: ParameterSpace
     linearize: Callable[[Problem, ParameterSpace, Batch], Linearization]
+    at_layers: Curvature
     keep_graphs: bool = False
     _cache: _GraphCache = field(default_factory=_GraphCache, repr=False)
 
@@ -120,6 +125,32 @@ class StreamingOperator(Operator):
                 "Check the scale of the data and of the parameters, or use float64."
             )
         return product.T
+
+    def to_dense(self) -> Float[Tensor, "P P"]:
+        """The full matrix: from second derivatives at layer outputs where the model allows, else by columns.
+
+        The first way is checked against a product with a random vector, and given up for the second
+        where they differ: a model may use a layer's weight behind the layer's back.
+        """
+        dense = layered_dense(self.problem, self.parameters, self.at_layers)
+        if dense is None or not self._confirmed(dense):
+            return dense_by_columns(self)
+        return dense
+
+    def _confirmed(self, dense: Float[Tensor, "P P"]) -> bool:
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(self.shape[0], generator=generator, dtype=torch.float64)
+        probe = probe.to(self.device, self.dtype)
+        expected = self @ probe
+        error = torch.linalg.vector_norm(dense @ probe - expected)
+        # The square root of the precision: far above rounding, far below a missing term.
+        return bool(error <= torch.finfo(self.dtype).eps ** 0.5 * torch.linalg.vector_norm(expected))
+
+    def layer_batches(self) -> Iterator[Mapping[str, Sequence[LayerBatch]]]:
+        """Inputs and output gradients of the linear layers, batch by batch."""
+        layers = linear_layers(self.problem.model, self.parameters)
+        for batch, _ in self.problem.batches():
+            yield layer_batch(self.problem, layers, batch)
 
     def minibatches(self, generator: torch.Generator) -> Iterator[LinearOperator]:
         """Operators of random mini-batches, without end."""

@@ -16,43 +16,48 @@ def block_conjugate_gradients(systems: Systems, active: Int[Tensor, " m"]) -> No
     O'Leary (1980), "The Block Conjugate Gradient Algorithm and Related Methods", in the
     breakdown-free form of Ji and Li (2017), "A breakdown-free block conjugate gradient method",
     algorithm 2: search directions are orthonormalised every iteration and dependent ones dropped, so
-    the block may be narrower than the number of systems. Two departures: systems that are done leave
-    the residual block (the remaining ones keep the whole search space), and the small matrices are
-    factored in float64 whatever the dtype.
+    the block may be narrower than the number of systems. The small matrices are factored in float64
+    whatever the dtype.
+
+    Systems that are done stay in the block, since the short recurrence of the others rests on their
+    residuals. Once half of the block is done, the rest starts over from where it is.
     """
-    residual = systems.residual[active]
-    keep = systems.settle(active, row_norms(residual))
-    active, residual = active[keep], residual[keep]
-    directions = orthonormal_rows(systems.precondition(residual))
-    iteration = 0
     while len(active):
+        active = _until_half_are_done(systems, active)
+
+
+def _until_half_are_done(systems: Systems, block: Int[Tensor, " m"]) -> Int[Tensor, " l"]:
+    """Iterate until at least half of the block is ended; the systems that are not."""
+    residual = systems.residual[block]
+    live = systems.settle(block, row_norms(residual))
+    block, residual, live = block[live], residual[live], live[live]
+    directions = orthonormal_rows(systems.precondition(residual))
+    width = len(block)
+    while 2 * int(live.sum()) > width:
         product = systems.apply(directions)
-        systems.iterations[active] += 1
-        iteration += 1
+        systems.iterations[block[live]] += 1
+        systems.passes += 1
         gram = (directions @ product.T).double()
         factor, failed = torch.linalg.cholesky_ex((gram + gram.T) / 2)
         if not torch.isfinite(gram).all():
-            systems.end(active, StopReason.NOT_FINITE)
-            return
+            systems.end(block[live], StopReason.NOT_FINITE)
+            return block[:0]
         if failed.item():
-            systems.end(active, StopReason.NEGATIVE_CURVATURE)
-            return
+            systems.end(block[live], StopReason.NEGATIVE_CURVATURE)
+            return block[:0]
         steps = _solve(factor, directions @ residual.T).T
-        systems.value.index_add_(0, active, steps @ directions)
+        systems.value.index_add_(0, block, steps @ directions)
         residual = torch.addmm(residual, steps, product, alpha=-1.0)
-        keep = torch.ones(len(active), dtype=torch.bool, device=active.device)
-        if iteration % REPLACE_EVERY == 0:
-            residual, keep = systems.replace(active, residual)
-        norms = row_norms(residual)
-        keep[keep.clone()] = systems.settle(active[keep], norms[keep])
-        systems.notify(iteration, int(keep.sum()))
-        if not keep.all():
-            active, residual = active[keep], residual[keep]
-        if not len(active):
-            return
+        if systems.passes % REPLACE_EVERY == 0:
+            residual, gains = systems.replace(block, residual, live)
+            live &= gains
+        live[live.clone()] = systems.settle(block[live], row_norms(residual[live]))
+        systems.notify(systems.passes, int(live.sum()))
         preconditioned = systems.precondition(residual)
         conjugate = _solve(factor, product @ preconditioned.T).T
         directions = orthonormal_rows(torch.addmm(preconditioned, conjugate, directions, alpha=-1.0))
+    systems.residual[block] = residual
+    return block[live]
 
 
 def _solve(factor: Float[Tensor, "m m"], columns: Float[Tensor, "m k"]) -> Float[Tensor, "m k"]:

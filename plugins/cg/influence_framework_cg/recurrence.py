@@ -36,6 +36,7 @@ class Systems:
         iterations: Products spent on each.
         limit: Iteration limit.
         notify: Progress.
+        passes: Iterations made, whatever the system.
     """
 
     apply: Apply
@@ -48,6 +49,7 @@ class Systems:
     iterations: Int[Tensor, " k"]
     limit: int
     notify: Notify
+    passes: int = 0
 
     def __post_init__(self) -> None:
         self._checkpoint = row_norms(self.residual)
@@ -60,15 +62,19 @@ class Systems:
     def settle(self, active: Int[Tensor, " m"], norms: Float[Tensor, " m"]) -> Bool[Tensor, " m"]:
         """End systems that reached their tolerance, their limit or NaN; the mask of those that go on."""
         broken = ~torch.isfinite(norms)
-        reached = norms <= self.tolerance[active]
+        reached = ~broken & (norms <= self.tolerance[active])
         spent = self.iterations[active] >= self.limit
         self.end(active[broken], StopReason.NOT_FINITE)
         self.end(active[reached], StopReason.CONVERGED)
         self.end(active[spent & ~reached & ~broken], StopReason.ITERATION_LIMIT)
         return ~(broken | reached | spent)
 
-    def replace(self, active: Int[Tensor, " m"], recursive: Rows) -> tuple[Rows, Bool[Tensor, " m"]]:
+    def replace(
+        self, active: Int[Tensor, " m"], recursive: Rows, live: Bool[Tensor, " m"]
+    ) -> tuple[Rows, Bool[Tensor, " m"]]:
         """True residuals, and the mask of systems on which further work can still gain something.
+
+        Only ``live`` systems are ended.
 
         Where the true residual is mostly the error of the recursion and has not halved since the last
         replacement, the attainable accuracy is reached: van der Vorst and Ye (2000), "Residual
@@ -77,7 +83,7 @@ class Systems:
         true = self.rhs[active] - self.apply(self.value[active])
         norms = row_norms(true)
         lost = (row_norms(true - recursive) > 0.5 * norms) & (norms > 0.5 * self._checkpoint[active])
-        lost &= norms > self.tolerance[active]
+        lost &= live & (norms > self.tolerance[active])
         self._checkpoint[active] = norms
         self.end(active[lost], StopReason.STAGNATED)
         return true, ~lost
@@ -107,12 +113,11 @@ def conjugate_gradients(systems: Systems, active: Int[Tensor, " m"]) -> None:
     active, residual = active[keep], residual[keep]
     direction = systems.precondition(residual)
     rho = _checked_rho(inner(residual, direction))
-    iteration = 0
     while len(active):
         product = systems.apply(direction)
         curvature = inner(direction, product)
         systems.iterations[active] += 1
-        iteration += 1
+        systems.passes += 1
         # ~(c > 0) also catches NaN, which settle() would only see a step later.
         bad = ~(curvature > 0)
         if bad.any():
@@ -127,11 +132,11 @@ def conjugate_gradients(systems: Systems, active: Int[Tensor, " m"]) -> None:
         systems.value.index_add_(0, active, step * direction)
         residual = residual - step * product
         keep = torch.ones(len(active), dtype=torch.bool, device=active.device)
-        if iteration % REPLACE_EVERY == 0:
-            residual, keep = systems.replace(active, residual)
+        if systems.passes % REPLACE_EVERY == 0:
+            residual, keep = systems.replace(active, residual, keep)
         norms = row_norms(residual)
         keep[keep.clone()] = systems.settle(active[keep], norms[keep])
-        systems.notify(iteration, int(keep.sum()))
+        systems.notify(systems.passes, int(keep.sum()))
         if not keep.all():
             active, residual, direction, rho = active[keep], residual[keep], direction[keep], rho[keep]
         if not len(active):

@@ -69,7 +69,7 @@ class CgSolver:
             raise InvalidInputError(f"x0 must be a tensor or None, got {type(self.x0).__name__}.")
         if self.preconditioner is None:
             return
-        if not isinstance(self.preconditioner, Solver):
+        if isinstance(self.preconditioner, type) or not isinstance(self.preconditioner, Solver):
             raise InvalidInputError(
                 "The preconditioner must be a solver instance (compose() also takes its name), got "
                 f"{self.preconditioner!r}."

@@ -1,0 +1,242 @@
+"""Real distributions on a real path, each look at them in a process of its own so that nothing leaks."""
+
+from __future__ import annotations
+
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributions import ask, install
+
+ROOT = Path(__file__).parents[1]
+
+SOLVER = """
+from influence_framework import hookimpl
+
+class {title}Solver:
+    "A solver of the tests."
+
+    def __init__(self, strength: float = 2.0) -> None:
+        self.strength = strength
+
+    def fit(self, operator, regularization):
+        return operator
+
+@hookimpl
+def register_solvers(register):
+    register("{name}", {title}Solver)
+"""
+
+
+def solver_module(name: str) -> str:
+    return SOLVER.format(name=name, title=name.title())
+
+
+SURVEY = """
+    import influence_framework as inf
+    answer = {
+        "solvers": list(inf.solvers),
+        "sources": list(inf.hessian_sources),
+        "failures": {f.plugin: [f.distribution, f.version, f.reason] for f in inf.default_registry.failures},
+        "order": [f.distribution for f in inf.default_registry.failures],
+        "conflicts": inf.default_registry.conflicts,
+    }
+"""
+
+
+def test_a_distribution_is_found_by_its_entry_point(tmp_path: Path) -> None:
+    site = install(tmp_path / "site", "tiny-halving", solver_module("halving"))
+    answer = ask(
+        """
+        import influence_framework as inf
+        method = inf.solvers["halving"]
+        answer = [method.distribution, method.version, method.description, method.options["strength"].default,
+                  type(method.create(strength=3.0)).__module__, inf.default_registry.failures]
+        """,
+        site,
+    )
+    assert answer == ["tiny-halving", "1.2.3", "A solver of the tests.", 2.0, "tiny_halving", []]
+
+
+def test_importing_core_neither_imports_plugins_nor_reads_entry_points(tmp_path: Path) -> None:
+    site = install(tmp_path / "site", "tiny-halving", solver_module("halving"))
+    before, after = ask(
+        """
+        import sys
+        from importlib import metadata
+        asked, entry_points = [], metadata.entry_points
+        # torch reads entry points of its own while it is imported.
+        metadata.entry_points = lambda **query: asked.append(query.get("group")) or entry_points(**query)
+
+        def seen():
+            plugins = [m for m in sys.modules if m.startswith(("influence_framework_", "tiny_"))]
+            return {"plugins": sorted(plugins), "asked": [g for g in asked if not str(g).startswith("torch")],
+                    "sources": "influence_framework.sources" in sys.modules}
+
+        import influence_framework as inf
+        first = seen()
+        list(inf.solvers)
+        answer = [first, seen()]
+        """,
+        site,
+    )
+    assert before == {"plugins": [], "asked": [], "sources": False}
+    assert after["asked"] == ["influence_framework"]
+    assert "tiny_halving" in after["plugins"]
+    assert after["sources"]
+
+
+def test_the_order_is_fixed_whatever_the_order_on_the_path(tmp_path: Path) -> None:
+    first = install(tmp_path / "first", "tiny-alpha", "raise OSError('alpha')")
+    install(first, "tiny-gamma", solver_module("gamma"))
+    second = install(tmp_path / "second", "tiny-beta", "raise OSError('beta')")
+    forward, backward = ask(SURVEY, first, second), ask(SURVEY, second, first)
+    assert forward == backward
+    assert forward["order"] == ["tiny-alpha", "tiny-beta"]
+    assert "gamma" in forward["solvers"]
+
+
+THING = solver_module("thing")
+BROKEN = {
+    "broken-raises": ("raise RuntimeError('not\\n today')", "RuntimeError: not today"),
+    "broken-exits": ("import sys; sys.exit(3)", "it called sys.exit(3) while loading"),
+    "broken-missing": ("import a_package_that_is_absent", "No module named 'a_package_that_is_absent'"),
+    "broken-syntax": ("def (:", "SyntaxError"),
+    "broken-core": ("from influence_framework import of_the_future", "cannot import name 'of_the_future'"),
+    "broken-misspelled": (
+        THING.replace("register_solvers", "register_solver"),
+        "unknown hook 'register_solver' in plugin",
+    ),
+    "broken-argument": (
+        THING.replace("(register)", "(registry)").replace("register(", "registry("),
+        "Argument(s) {'registry'} are declared in the hookimpl but can not be found in the hookspec",
+    ),
+    "broken-undecorated": (THING.replace("@hookimpl", ""), "it implements no hook"),
+    "broken-instance": (
+        THING.replace("ThingSolver)", "ThingSolver())"),
+        "'thing' must be registered with a class, got <broken_instance.ThingSolver object",
+    ),
+    "broken-fit": (THING.replace("def fit", "def fitted"), "it has no method 'fit'"),
+    "broken-name": (
+        THING.replace('"thing"', '"My-Thing"'),
+        "no name for a solver: use a lower-case identifier",
+    ),
+}
+"""Source of a distribution's module, and what core says is wrong with it."""
+
+
+@pytest.fixture(scope="module")
+def survey(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What core says of an environment with every broken distribution and two working ones."""
+    site = tmp_path_factory.mktemp("site")
+    for name, (source, _) in BROKEN.items():
+        install(site, name, source, version="0.9")
+    install(site, "aaa-working", solver_module("first"))
+    install(site, "zzz-working", solver_module("last"))
+    # What an interrupted removal leaves behind, and what a broken disk does.
+    for name in ("left_over", "unreadable"):
+        (site / f"{name}-1.dist-info").mkdir()
+        (site / f"{name}-1.dist-info" / "entry_points.txt").write_text(
+            f"[influence_framework]\n{name} = {name}\n"
+        )
+    (site / "unreadable-1.dist-info" / "METADATA").write_bytes(b"Name: \xff\xfe\n")
+    answer: dict[str, Any] = ask(SURVEY, site)
+    return answer
+
+
+@pytest.mark.parametrize("name", list(BROKEN))
+def test_a_broken_distribution_is_set_aside_with_its_reason(name: str, survey: dict[str, Any]) -> None:
+    distribution, version, reason = survey["failures"][name.replace("-", "_")]
+    assert (distribution, version) == (name, "0.9")
+    assert BROKEN[name][1] in reason
+
+
+@pytest.mark.parametrize("name", ["left_over", "unreadable"])
+def test_a_folder_without_metadata_is_set_aside(name: str, survey: dict[str, Any]) -> None:
+    reason = f"ModuleNotFoundError: No module named {name!r}"
+    assert survey["failures"][name] == ["unknown", "unknown", reason]
+
+
+def test_beside_broken_distributions_the_others_work(survey: dict[str, Any]) -> None:
+    assert {"first", "last"} <= set(survey["solvers"])
+    assert "thing" not in survey["solvers"]
+    assert survey["sources"] == ["empirical_fisher", "gauss_newton", "hessian"]
+    assert set(survey["failures"]) == {"left_over", "unreadable", *(name.replace("-", "_") for name in BROKEN)}
+    assert survey["order"] == sorted(survey["order"])
+
+
+def test_two_distributions_that_claim_a_name_are_both_named(tmp_path: Path) -> None:
+    site = install(tmp_path / "site", "tiny-one", solver_module("same"))
+    install(site, "tiny-two", solver_module("same"), version="2.0")
+    install(site, "tiny-three", solver_module("other"))
+    bold = solver_module("gauss_newton").replace("register_solvers", "register_hessian_sources")
+    install(site, "tiny-bold", bold.replace("def fit", "def operator"))
+    answer = ask(
+        """
+        import influence_framework as inf
+        answer = []
+        for mapping, name in ((inf.solvers, "same"), (inf.hessian_sources, "gauss_newton")):
+            try:
+                mapping[name]
+            except inf.PluginConflictError as error:
+                answer.append(str(error))
+        answer += [inf.solvers["other"].distribution, list(inf.default_registry.conflicts)]
+        """,
+        site,
+    )
+    same, source, other, conflicts = answer
+    assert "tiny-one 1.2.3 (SameSolver) and tiny-two 2.0 (SameSolver)" in same
+    assert "influence-framework 0.1.0 (GaussNewton) and tiny-bold 1.2.3" in source
+    assert other == "tiny-three"
+    assert conflicts == [same, source]
+
+
+@pytest.fixture(scope="module")
+def core_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The packages of this environment without any plugin, in a folder for ``python -S``."""
+    site = tmp_path_factory.mktemp("core_alone")
+    for scheme in ("purelib", "platlib"):
+        for entry in Path(sysconfig.get_path(scheme)).iterdir():
+            if not entry.name.startswith("influence_framework_") and not (site / entry.name).exists():
+                (site / entry.name).symlink_to(entry)
+    # An editable installation is a .pth file, which python -S does not read.
+    if not (site / "influence_framework").exists():
+        (site / "influence_framework").symlink_to(ROOT / "influence_framework")
+    return site
+
+
+def test_core_alone_runs_and_says_what_is_missing(core_alone: Path) -> None:
+    answer = ask(
+        """
+        import torch
+        from torch import nn
+        import influence_framework as inf
+
+        answer = {"solvers": list(inf.solvers), "repr": repr(inf.solvers), "sources": list(inf.hessian_sources),
+                  "failures": list(inf.default_registry.failures)}
+        net = nn.Linear(2, 1)
+        for name in ("cg", "nonsense"):
+            try:
+                inf.compose(net, nn.MSELoss(), solver=name)
+            except inf.UnknownMethodError as error:
+                answer[name] = str(error)
+        problem = inf.Problem.build(net, nn.MSELoss(), [(torch.ones(3, 2), torch.ones(3, 1))])
+        operator = inf.hessian_sources["gauss_newton"].create().operator(problem, problem.parameters)
+        answer["product"] = (operator @ torch.ones(3)).tolist()
+        """,
+        core_alone,
+        options=("-S",),
+    )
+    assert answer["solvers"] == []
+    assert answer["failures"] == []
+    assert answer["repr"] == "<solvers: none installed>"
+    assert answer["sources"] == ["empirical_fisher", "gauss_newton", "hessian"]
+    assert (
+        answer["cg"]
+        == "Unknown solver 'cg'. Installed: none. Install it with: pip install influence-framework-cg"
+    )
+    assert "Solvers are plugins of their own; get all with: pip install" in answer["nonsense"]
+    # J = (1, 1, 1) for every sample and the loss is (f − y)², so C = 2 J Jᵀ.
+    assert answer["product"] == [6.0, 6.0, 6.0]

@@ -1,0 +1,335 @@
+"""Methods by name: what a look-up tells, what a broken plugin breaks, and who owns a name."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import tomllib
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch import nn
+
+import influence_framework as inf
+from influence_framework.registry import OFFICIAL_DISTRIBUTIONS, REQUIRED
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.usefixtures("as_user")
+
+
+@dataclass(frozen=True)
+class Halving:
+    """Halves its right-hand sides.
+
+    More about it on further lines.
+
+    Attributes:
+        times: How often.
+    """
+
+    strength: float
+    times: int = 1
+
+    def fit(self, operator: Any, regularization: float) -> Any: ...
+
+
+class Flat:
+    def operator(self, problem: Any, parameters: Any) -> Any: ...
+
+
+class OtherSolver:
+    def fit(self, operator: Any, regularization: float) -> Any: ...
+
+
+def plugin(**hooks: Callable[..., None]) -> SimpleNamespace:
+    """A plugin with these functions as its hooks."""
+    return SimpleNamespace(**{name: inf.hookimpl(function) for name, function in hooks.items()})
+
+
+def solver_plugin(**methods: Any) -> SimpleNamespace:
+    def register_solvers(register: Any) -> None:
+        for name, method in methods.items():
+            register(name, method)
+
+    return plugin(register_solvers=register_solvers)
+
+
+def source_plugin(**methods: Any) -> SimpleNamespace:
+    def register_hessian_sources(register: Any) -> None:
+        for name, method in methods.items():
+            register(name, method)
+
+    return plugin(register_hessian_sources=register_hessian_sources)
+
+
+def isolated(**plugins: Any) -> inf.Registry:
+    """Core's own sources and these plugins, whatever is installed."""
+    return inf.Registry(plugins, installed=False)
+
+
+class TestLookUp:
+    def test_a_method_tells_what_it_is(self) -> None:
+        method = isolated(mine=solver_plugin(halving=Halving)).solvers["halving"]
+        assert (method.name, method.kind, method.cls) == ("halving", "solver", Halving)
+        assert (method.distribution, method.version) == ("mine", "unknown")
+        assert method.description == "Halves its right-hand sides."
+        assert list(method.options) == ["strength", "times"]
+        assert method.options["strength"].default is REQUIRED
+        assert method.options["times"].default == 1
+        assert method.options["times"].annotation == "int"
+
+    def test_core_registers_its_sources_like_any_plugin(self) -> None:
+        sources = isolated().hessian_sources
+        assert list(sources) == ["empirical_fisher", "gauss_newton", "hessian"]
+        assert {method.distribution for method in sources.values()} == {"influence-framework"}
+        assert {method.version for method in sources.values()} == {"0.1.0"}
+        assert sources["hessian"].options["precompute_grad"].default is False
+
+    def test_mappings_are_read_only(self) -> None:
+        registry = isolated(mine=solver_plugin(halving=Halving))
+        for mapping in (registry.solvers, registry.hessian_sources, inf.solvers, inf.hessian_sources):
+            assert isinstance(mapping, Mapping)
+            assert not isinstance(mapping, MutableMapping)
+            assert not hasattr(mapping, "__setitem__")
+            assert not hasattr(mapping, "__delitem__")
+        assert len(registry.solvers) == 1
+        assert "halving" in registry.solvers
+        assert "hessian" not in registry.solvers
+        assert repr(registry.solvers) == "<solvers: halving>"
+        assert repr(isolated().solvers) == "<solvers: none installed>"
+
+    def test_names_are_sorted_whatever_the_order_of_the_plugins(self) -> None:
+        first, second = solver_plugin(zeta=Halving, alpha=OtherSolver), solver_plugin(middle=Halving)
+        forward, backward = isolated(a=first, b=second), isolated(b=second, a=first)
+        assert list(forward.solvers) == list(backward.solvers) == ["alpha", "middle", "zeta"]
+
+    def test_a_registry_shares_nothing_with_another(self) -> None:
+        one = isolated(mine=solver_plugin(halving=Halving))
+        assert "halving" in one.solvers
+        assert "halving" not in isolated().solvers
+        assert "halving" not in inf.solvers
+
+    def test_plugins_are_not_touched_before_the_first_look_up(self) -> None:
+        calls = []
+        registry = isolated(mine=plugin(register_solvers=lambda register: calls.append(register)))
+        assert calls == []
+        list(registry.solvers)
+        assert registry.failures == ()
+        assert len(calls) == 1
+        list(registry.hessian_sources)
+        assert len(calls) == 1, "the plugins were read twice"
+
+    def test_rescan_sees_what_changed(self) -> None:
+        methods = {"one": Halving}
+        registry = isolated(
+            mine=plugin(register_solvers=lambda register: [register(*m) for m in methods.items()])
+        )
+        assert list(registry.solvers) == ["one"]
+        methods["two"] = Halving
+        assert list(registry.solvers) == ["one"]
+        registry.rescan()
+        assert list(registry.solvers) == ["one", "two"]
+
+    def test_options_reach_the_object_and_unknown_ones_are_told(self) -> None:
+        method = isolated(mine=solver_plugin(halving=Halving)).solvers["halving"]
+        assert method.create(strength=2.0, times=3) == Halving(2.0, 3)
+        with pytest.raises(inf.UnknownOptionError, match=r"no option 'tmes'. Did you mean 'times'\?") as error:
+            method.create(strength=2.0, tmes=3)
+        assert "Its options: strength, times." in str(error.value)
+        with pytest.raises(inf.UnknownOptionError, match="needs the option 'strength'"):
+            method.create()
+
+
+class TestUnknownNames:
+    def test_the_message_lists_what_exists_and_suggests_the_nearest(self) -> None:
+        registry = isolated(mine=solver_plugin(halving=Halving, other=OtherSolver))
+        with pytest.raises(inf.UnknownMethodError) as error:
+            registry.solvers["halfing"]
+        assert (
+            str(error.value) == "Unknown solver 'halfing'. Did you mean 'halving'? Installed: halving, other."
+        )
+        with pytest.raises(inf.UnknownMethodError, match="Unknown curvature source 'fisher'") as error:
+            registry.hessian_sources["fisher"]
+        assert "Installed: empirical_fisher, gauss_newton, hessian." in str(error.value)
+
+    def test_it_is_a_key_error_so_that_get_works(self) -> None:
+        assert isolated().solvers.get("nonsense") is None
+        with pytest.raises(KeyError):
+            isolated().solvers["nonsense"]
+
+    @pytest.mark.parametrize("name", [3, None, ["cg"], {}])
+    def test_something_that_is_no_name(self, name: Any) -> None:
+        with pytest.raises(inf.UnknownMethodError, match="Unknown solver"):
+            isolated().solvers[name]
+        assert name not in isolated().solvers
+
+    @pytest.mark.parametrize("name", list(OFFICIAL_DISTRIBUTIONS))
+    def test_a_documented_solver_that_is_absent_says_what_to_install(self, name: str) -> None:
+        with pytest.raises(inf.UnknownMethodError) as error:
+            isolated().solvers[name]
+        assert str(error.value).endswith(f"Install it with: pip install {OFFICIAL_DISTRIBUTIONS[name]}")
+
+    def test_without_any_solver_all_of_them_are_offered(self) -> None:
+        with pytest.raises(inf.UnknownMethodError, match=r"influence-framework\[all\]"):
+            isolated().solvers["nonsense"]
+        with pytest.raises(inf.UnknownMethodError) as error:
+            isolated(mine=solver_plugin(halving=Halving)).solvers["nonsense"]
+        assert "[all]" not in str(error.value)
+
+    def test_plugins_that_failed_are_named(self) -> None:
+        registry = isolated(broken=plugin(register_solvers=lambda register: 1 / 0))
+        with pytest.raises(inf.UnknownMethodError) as error:
+            registry.solvers["nonsense"]
+        assert "failed to load: broken (broken unknown): ZeroDivisionError: division by zero." in str(
+            error.value
+        )
+        assert "pip install" not in str(error.value)
+
+    def test_what_failed_is_not_said_to_be_missing(self) -> None:
+        registry = inf.Registry(
+            {"influence-framework-cg": plugin(register_solvers=lambda register: 1 / 0)}, installed=False
+        )
+        with pytest.raises(inf.UnknownMethodError, match="ZeroDivisionError") as error:
+            registry.solvers["cg"]
+        assert "pip install" not in str(error.value)
+        with pytest.raises(inf.UnknownMethodError, match="pip install influence-framework-direct"):
+            registry.solvers["direct"]
+
+
+def exiting(register: Any) -> None:
+    sys.exit("no licence")
+
+
+BROKEN: dict[str, tuple[Any, str]] = {
+    "raises": (plugin(register_solvers=lambda register: 1 / 0), "ZeroDivisionError: division by zero"),
+    "exits": (plugin(register_solvers=exiting), "it called sys.exit('no licence') while loading"),
+    "misspelled_hook": (plugin(register_solver=lambda register: None), "unknown hook 'register_solver'"),
+    "wrong_argument": (plugin(register_solvers=lambda registry: None), "Argument(s) {'registry'}"),
+    "no_hook": (SimpleNamespace(register_solvers=lambda register: None), "it implements no hook"),
+    "no_class": (solver_plugin(thing=3), "'thing' must be registered with a class, got 3"),
+    "instance": (solver_plugin(thing=OtherSolver()), "'thing' must be registered with a class"),
+    "no_fit": (solver_plugin(thing=Flat), "Flat is no solver: it has no method 'fit'"),
+    "no_operator": (
+        source_plugin(thing=OtherSolver),
+        "OtherSolver is no curvature source: it has no method 'operator'",
+    ),
+    "upper_case": (
+        solver_plugin(Thing=Halving),
+        "'Thing' is no name for a solver: use a lower-case identifier",
+    ),
+    "hyphen": (solver_plugin(**{"my-thing": Halving}), "'my-thing' is no name for a solver"),
+    "number": (
+        plugin(register_hessian_sources=lambda register: register(7, Flat)),
+        "7 is no name for a curvature source",
+    ),
+    "half_good": (solver_plugin(fine=Halving, thing=3), "'thing' must be registered with a class"),
+}
+
+
+class TestBrokenPlugins:
+    @pytest.mark.parametrize("name", list(BROKEN))
+    def test_is_set_aside_with_its_reason_and_the_others_work(self, name: str) -> None:
+        broken, reason = BROKEN[name]
+        # On both sides of it in the order of loading.
+        registry = isolated(
+            **{name: broken, "aaa": solver_plugin(first=Halving), "zzz": solver_plugin(last=Halving)}
+        )
+        assert list(registry.solvers) == ["first", "last"]
+        assert list(registry.hessian_sources) == list(isolated().hessian_sources)
+        (failure,) = registry.failures
+        assert (failure.plugin, failure.distribution) == (name, name)
+        assert reason in failure.reason
+        assert "\n" not in failure.reason
+        assert "Traceback" in failure.details
+
+    def test_all_at_once_in_a_fixed_order(self) -> None:
+        plugins = {name: broken for name, (broken, _) in BROKEN.items()}
+        registry = inf.Registry(dict(reversed(plugins.items())), installed=False)
+        assert [failure.plugin for failure in registry.failures] == sorted(BROKEN)
+
+    def test_an_interrupt_is_not_taken_for_a_broken_plugin(self) -> None:
+        def interrupted(register: Any) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            list(isolated(mine=plugin(register_solvers=interrupted)).solvers)
+
+
+class TestConflicts:
+    def test_two_plugins_that_claim_a_name_are_both_told(self) -> None:
+        registry = isolated(one=solver_plugin(same=Halving, left=Halving), two=solver_plugin(same=OtherSolver))
+        with pytest.raises(inf.PluginConflictError) as error:
+            registry.solvers["same"]
+        assert "one unknown (Halving) and two unknown (OtherSolver)" in str(error.value)
+        assert registry.conflicts == (str(error.value),)
+        assert registry.failures == ()
+        assert registry.solvers["left"].cls is Halving
+        assert list(registry.solvers) == ["left", "same"]
+
+    def test_a_built_in_name_can_not_be_taken_over(self) -> None:
+        registry = isolated(bold=source_plugin(hessian=Flat, flat=Flat))
+        with pytest.raises(inf.PluginConflictError, match=r"influence-framework 0\.1\.0 \(Hessian\) and bold"):
+            registry.hessian_sources["hessian"]
+        assert registry.hessian_sources["flat"].cls is Flat
+        assert registry.hessian_sources["gauss_newton"].distribution == "influence-framework"
+
+    def test_a_solver_and_a_source_may_share_a_name(self) -> None:
+        registry = isolated(one=solver_plugin(same=Halving), two=source_plugin(same=Flat))
+        assert registry.solvers["same"].cls is Halving
+        assert registry.hessian_sources["same"].cls is Flat
+        assert registry.conflicts == ()
+
+    def test_the_same_class_twice_is_no_conflict(self) -> None:
+        """As when a plugin under test is installed, too."""
+        registry = isolated(one=solver_plugin(same=Halving), two=solver_plugin(same=Halving))
+        assert registry.solvers["same"].cls is Halving
+        assert registry.conflicts == ()
+
+    def test_conflicts_reach_the_user_of_compose(self) -> None:
+        registry = isolated(one=solver_plugin(same=Halving), two=solver_plugin(same=OtherSolver))
+        with pytest.raises(inf.PluginConflictError, match="pass an instance"):
+            inf.compose(nn.Linear(1, 1), nn.MSELoss(), solver="same", registry=registry)
+
+
+class TestOurOwnPlugins:
+    """What the repository holds, what is installed and what core says of it agree."""
+
+    def projects(self) -> dict[str, dict[str, Any]]:
+        parsed = [tomllib.loads(path.read_text()) for path in sorted(ROOT.glob("plugins/*/pyproject.toml"))]
+        return {project["project"]["name"]: project["project"] for project in parsed}
+
+    def test_all_of_them_load_without_a_failure_or_a_conflict(self) -> None:
+        assert inf.default_registry.failures == ()
+        assert inf.default_registry.conflicts == ()
+        installed = {method.distribution for method in inf.solvers.values()}
+        assert set(self.projects()) <= installed
+
+    def test_core_knows_which_distribution_brings_which_solver(self) -> None:
+        ours = {
+            name: method.distribution
+            for name, method in inf.solvers.items()
+            if method.distribution in self.projects()
+        }
+        assert ours == OFFICIAL_DISTRIBUTIONS
+
+    def test_versions_are_those_of_the_distributions(self) -> None:
+        projects = self.projects()
+        for method in inf.solvers.values():
+            if method.distribution in projects:
+                assert method.version == projects[method.distribution]["version"]
+
+    def test_the_extra_named_all_is_all(self) -> None:
+        core = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        assert sorted(core["optional-dependencies"]["all"]) == sorted(self.projects())
+
+    @pytest.mark.parametrize("name", sorted(OFFICIAL_DISTRIBUTIONS))
+    def test_each_has_a_description_and_only_annotated_options(self, name: str) -> None:
+        method = inf.solvers[name]
+        assert len(method.description) > 20
+        assert inspect.getdoc(method.cls)
+        assert all(option.annotation != "inspect._empty" for option in method.options.values())

@@ -1,0 +1,138 @@
+"""The three curvatures against their definitions, over the case table."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from influence_framework import Diagonal, LinearOperator, hessian_sources
+from influence_framework.operators import to_dense
+from tests import cases, reference
+from tests.cases import CASES
+from tests.reference import CURVATURES, assert_close
+
+EXACT = 1e-10
+SOURCES = list(CURVATURES)
+CONVEX = [
+    "ragged_last_batch",
+    "relu",
+    "conv",
+    "mse",
+    "bce_with_logits",
+    "embedding",
+    "soft_labels",
+    "quartic_loss",
+]
+
+
+@pytest.fixture(params=SOURCES)
+def source(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_its_definition(name: str, source: str, device: torch.device) -> None:
+    expected = cases.dense(name, source)
+    operator = cases.operator(source, cases.problem(cases.make(name).to(torch.float64, device)))
+    assert isinstance(operator, LinearOperator)
+    assert operator.shape == tuple(expected.shape)
+    assert_close(cases.by_columns(operator), expected, EXACT, "products with the identity")
+    assert_close(to_dense(operator), expected, EXACT, "the full matrix")
+    assert_close(
+        operator @ cases.columns(operator), expected @ cases.columns(operator).cpu(), EXACT, "one vector"
+    )
+    if isinstance(operator, Diagonal):
+        assert_close(operator.diagonal(), expected.diagonal(), EXACT, "the diagonal")
+
+
+@pytest.mark.parametrize("source", ["gauss_newton", "empirical_fisher"])
+def test_offers_its_diagonal(source: str) -> None:
+    assert isinstance(cases.operator(source, cases.problem(cases.make("mse"))), Diagonal)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 70])
+def test_any_number_of_columns(count: int, source: str) -> None:
+    expected = cases.dense("tied_weights", source)
+    operator = cases.operator(source, cases.problem(cases.make("tied_weights")))
+    columns = cases.columns(operator, count)
+    product = operator @ columns
+    assert product.shape == columns.shape
+    assert_close(product, expected @ columns, EXACT)
+
+
+@pytest.mark.parametrize("name", ["ragged_last_batch", "module_used_twice", "conv", "embedding", "mse"])
+def test_float32_agrees_with_float64(name: str, source: str, device: torch.device) -> None:
+    instance = cases.make(name)
+    operator = cases.operator(source, cases.problem(instance.to(torch.float32, device)))
+    product = cases.by_columns(operator)
+    assert product.dtype == torch.float32
+    # Every entry is a sum over N samples of chained inner products, together at most P terms long,
+    # each of whose terms went once forward and once back: 2(N + P) roundings.
+    terms = 2 * (sum(len(y) for _, y in instance.data) + operator.shape[0])
+    assert_close(product, cases.dense(name, source), terms * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("name", ["tied_weights", "conv", "root_and_scalar_parameters", "recurrent"])
+def test_on_some_of_the_parameters(name: str, source: str) -> None:
+    instance = cases.make(name)
+    problem = cases.problem(instance)
+    # In reverse, to see that the order asked for is the order of the columns.
+    chosen = problem.parameters.names[::-2]
+    operator = hessian_sources[source].create().operator(problem, problem.parameters.subset(chosen))
+    own = reference.positions(instance.model, chosen)
+    expected = cases.dense(name, source)[own][:, own]
+    assert_close(cases.by_columns(operator), expected, EXACT)
+    assert_close(to_dense(operator), expected, EXACT)
+    if isinstance(operator, Diagonal):
+        assert_close(operator.diagonal(), expected.diagonal(), EXACT)
+
+
+@pytest.mark.parametrize("name", CONVEX)
+def test_gauss_newton_is_positive_semidefinite(name: str) -> None:
+    matrix = to_dense(cases.operator("gauss_newton", cases.problem(cases.make(name))))
+    values = torch.linalg.eigvalsh((matrix + matrix.T) / 2)
+    # Rounding of a symmetric matrix moves its eigenvalues by at most the norm of the rounding.
+    assert values[0] >= -len(matrix) * torch.finfo(matrix.dtype).eps * values[-1]
+    assert values[-1] > 0
+
+
+@pytest.mark.parametrize("name", ["linear_model", "linear_classifier", "linear_model_linear_loss"])
+def test_gauss_newton_of_a_linear_model_is_its_hessian(name: str) -> None:
+    problem = cases.problem(cases.make(name))
+    hessian = to_dense(cases.operator("hessian", problem))
+    assert_close(to_dense(cases.operator("gauss_newton", problem)), hessian, EXACT)
+
+
+@pytest.mark.parametrize("name", ["relu", "conv", "mse", "soft_labels"])
+def test_pitfall_gauss_newton_is_not_the_empirical_fisher(name: str) -> None:
+    problem = cases.problem(cases.make(name))
+    fisher = cases.by_columns(cases.operator("empirical_fisher", problem))
+    newton = cases.by_columns(cases.operator("gauss_newton", problem))
+    assert reference.relative_error(fisher, newton) > 0.1
+    assert_close(newton, cases.dense(name, "gauss_newton"), EXACT)
+    assert_close(fisher, cases.dense(name, "empirical_fisher"), EXACT)
+
+
+def test_pitfall_hessian_of_a_net_is_indefinite_and_gauss_newton_is_not() -> None:
+    problem = cases.problem(cases.make("mse"))
+    lowest, *_, largest = torch.linalg.eigvalsh(to_dense(cases.operator("hessian", problem)))
+    assert lowest < -1e-2 * largest
+    lowest, *_, largest = torch.linalg.eigvalsh(to_dense(cases.operator("gauss_newton", problem)))
+    assert lowest > -1e-12 * largest
+
+
+def test_pitfall_sum_is_scaled_to_the_mean(source: str) -> None:
+    mean, total = cases.make("ragged_last_batch"), cases.make("sum")
+    expected = cases.by_columns(cases.operator(source, cases.problem(mean)))
+    assert_close(cases.by_columns(cases.operator(source, cases.problem(total))), expected, EXACT)
+
+
+@pytest.mark.parametrize(
+    "name", ["tied_weights", "module_used_twice", "root_and_scalar_parameters", "unused_parameter"]
+)
+def test_pitfall_tied_reused_and_root_parameters_count_once_and_fully(name: str, source: str) -> None:
+    instance = cases.make(name)
+    operator = cases.operator(source, cases.problem(instance))
+    assert operator.shape[0] == sum(p.numel() for p in instance.model.parameters())
+    assert_close(cases.by_columns(operator), cases.dense(name, source), EXACT)
