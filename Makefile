@@ -17,7 +17,7 @@ PROJECTS := pyproject.toml plugins $(PLUGINS)
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 16
 
-demo: $(VENV)/.installed  ## Rank the training points behind some predictions of a small net
+demo: $(VENV)/.installed  ## Find flipped labels in a small data set, and write a page about it
 	$(VENV)/bin/influence demo
 
 test: $(VENV)/.installed  ## Run every test, those of the plugins and of the documentation included

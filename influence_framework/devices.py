@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -39,8 +39,10 @@ def _move(thing: Any, device: torch.device, seen: dict[int, Any]) -> Any:
         for part in fields(thing):
             object.__setattr__(moved, part.name, _moved(getattr(thing, part.name), device, seen))
         return moved
-    if isinstance(thing, Mapping) and type(thing) is dict:
-        return {key: _moved(value, device, seen) for key, value in thing.items()}
+    if isinstance(thing, MutableMapping):
+        mapping = copy.copy(thing)
+        mapping.update({key: _moved(value, device, seen) for key, value in thing.items()})
+        return mapping
     if type(thing) in (list, tuple):
         return type(thing)(_moved(value, device, seen) for value in thing)
     if isinstance(thing, tuple) and hasattr(thing, "_fields"):

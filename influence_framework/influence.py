@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from influence_framework.data import Batch, random_state_kept
 from influence_framework.devices import to_device
-from influence_framework.errors import InvalidInputError, NotFittedError, did_you_mean
+from influence_framework.errors import InvalidInputError, NonFiniteError, NotFittedError, did_you_mean
 from influence_framework.gradients import (
     Factors,
     contract_perturbation,
@@ -360,10 +360,18 @@ class TorchInfluenceFunctionModel:
 
     def _factors(self, fitted: _Fit, batch: Batch) -> dict[str, Tensor]:
         gradients = sample_gradients(fitted.problem, fitted.problem.parameters, batch)
-        return {
-            name: block.inverse.solve(gradients[:, block.selection].T).value.T
-            for name, block in fitted.blocks.items()
-        }
+        factors = {}
+        for name, block in fitted.blocks.items():
+            value = block.inverse.solve(gradients[:, block.selection].T).value.T
+            bad = torch.nonzero(~torch.isfinite(value).all(dim=1)).flatten().tolist()
+            if bad:
+                raise NonFiniteError(
+                    f"{type(self.solver).__name__} returned NaN or infinity for {len(bad)} of {len(value)} "
+                    f"right-hand sides in block {name!r} (positions {bad[:8]}): raise the regularisation, or "
+                    "use another solver."
+                )
+            factors[name] = value
+        return factors
 
     def _contract(
         self, fitted: _Fit, factors: Mapping[str, Tensor], batch: Batch, mode: InfluenceMode

@@ -178,6 +178,13 @@ class SupervisedObjective:
         if not allowed:
             if target.is_floating_point() and target.shape != outputs.shape:
                 raise InvalidInputError(self._broadcast_message(outputs, target))
+            if any(fits.values()):
+                found = next(name for name, fit in fits.items() if fit)
+                raise InvalidInputError(
+                    f"The loss of a batch is the {found} of the losses of its samples, where their "
+                    f"{self.reduction} was expected: say which it is with "
+                    "SupervisedObjective(loss, reduction=...)."
+                )
             raise InvalidInputError(
                 f"The loss of a batch ({whole:.6g}) is neither the mean ({mean:.6g}) nor the sum "
                 f"({total:.6g}) of the losses of its samples, so the training loss would depend on the "

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from influence_framework.data import (
     Batch,
@@ -113,10 +114,15 @@ class Problem:
                 "The training data is empty: the loader yielded no batch. Is the dataset empty, or "
                 "drop_last=True with fewer samples than one batch?"
             )
+        joined = None if kept is None else list(join(kept, sizes, problem.max_batch))
+        if joined is not None:
+            # Batches of one sample do not tell a mean from a sum; what they were joined to does.
+            largest = max(joined, key=problem.objective.size)
+            problem = replace(problem, objective=problem.validated(largest, "training data").objective)
         return replace(
             problem,
-            data=self.data if kept is None else list(join(kept, sizes, problem.max_batch)),
-            cached=kept is not None,
+            data=self.data if joined is None else joined,
+            cached=joined is not None,
             size=sum(sizes),
             batch_size=sizes[0],
             objective=_settled(problem.objective),
@@ -228,7 +234,9 @@ class Problem:
         buffers = dict(self.model.named_buffers())
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            return functional_call(self.model, {**buffers, **merged}, args, kwargs)
+            # The fused attention kernels have no second derivative.
+            with sdpa_kernel(SDPBackend.MATH):
+                return functional_call(self.model, {**buffers, **merged}, args, kwargs)
 
         return call
 

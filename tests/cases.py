@@ -94,16 +94,14 @@ CASES: dict[str, Case] = {
     "root_and_scalar_parameters": Case(nets.Root),
     "no_bias": Case(lambda: nets.mlp(3, 4, 3, bias=False)),
     "unused_parameter": Case(nets.Unused),
-    "tuple_inputs": Case(
-        nets.Positional, nn.MSELoss(), x=lambda n: (normal(3)(n), normal(2)(n)), y=normal(2)
-    ),
+    "tuple_inputs": Case(nets.Positional, nn.MSELoss(), x=lambda n: (normal(3)(n), normal(2)(n)), y=normal(2)),
     "mapping_inputs": Case(
         nets.Keyword, nn.MSELoss(), x=lambda n: {"wide": normal(3)(n), "narrow": normal(2)(n)}, y=normal(2)
     ),
     "conv": Case(nets.conv_net, x=normal(1, 4, 4)),
     "embedding": Case(nets.TokenMean, x=labels(5, 4), y=labels(2)),
     "recurrent": Case(nets.Recurrent, x=normal(3, 2), y=labels(2)),
-    "attention": Case(nets.Attention, x=normal(3, 2), y=labels(2)),
+    "transformer": Case(nets.Transformer, x=normal(2, 3), y=labels(2), sizes=[3, 2]),
     "batch_norm": Case(nets.batch_norm_net, y=labels(2)),
     "one_loss_term_per_token": Case(
         lambda: nn.Sequential(nn.Conv1d(2, 3, 1), nn.Tanh(), nn.Conv1d(3, 2, 1)), x=normal(2, 4), y=labels(2, 4)
@@ -111,6 +109,9 @@ CASES: dict[str, Case] = {
     "mse": Case(lambda: nets.mlp(3, 4, 2), nn.MSELoss(), y=normal(2)),
     "bce_with_logits": Case(
         lambda: nets.mlp(3, 4, 1), nn.BCEWithLogitsLoss(), y=lambda n: labels(2, 1)(n).double()
+    ),
+    "one_number_a_sample": Case(
+        lambda: nn.Sequential(nets.mlp(3, 4, 1), nn.Flatten(0)), nn.MSELoss(), y=normal()
     ),
     "sum": Case(lambda: nets.mlp(3, 4, 3), nn.CrossEntropyLoss(reduction="sum")),
     "weighted_sum": Case(
@@ -141,6 +142,13 @@ def make(name: str, sizes: Sequence[int] | None = None) -> Instance:
     stops = torch.tensor(sizes).cumsum(0).tolist()
     spans = [slice(stop - size, stop) for stop, size in zip(stops, sizes, strict=True)]
     return Instance(model, case.loss, [(reference.part(x, span), y[span]) for span in spans])
+
+
+def points(name: str, n: int, seed: int) -> Sample:
+    """``n`` further points of a case."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return CASES[name].x(n), CASES[name].y(n)
 
 
 def problem(instance: Instance, **options: Any) -> Problem:

@@ -14,44 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import influence_framework as inf
 from tests import nets
+from tests.small import Action, batches, fit, fitted, model, net, points
 
 pytestmark = pytest.mark.usefixtures("as_user")
-
-Action = Callable[[], object]
-
-
-def net(width: int = 2) -> nn.Sequential:
-    torch.manual_seed(0)
-    model = nets.mlp(3, 4, width)
-    return model.double().eval()
-
-
-def points(n: int = 4, seed: int = 1) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, 3, generator=generator, dtype=torch.float64)
-    return x, torch.randint(2, (n,), generator=generator)
-
-
-def batches() -> list[tuple[Tensor, Tensor]]:
-    return [points(4), points(3, 2)]
-
-
-def model(module: nn.Module | None = None, loss: Any = None, **options: Any) -> inf.TorchInfluenceFunctionModel:
-    settings = {"solver": "direct", "hessian_regularization": 0.1} | options
-    return inf.compose(module or net(), loss or nn.CrossEntropyLoss(), **settings)
-
-
-def fitted(**options: Any) -> inf.TorchInfluenceFunctionModel:
-    return model(**options).fit(batches())
-
-
-def fit(data: Any = None, **options: Any) -> Action:
-    """An action that fits a fresh model; values are called where they are lambdas without arguments."""
-    return lambda: model(**options).fit(batches() if data is None else data())
-
-
-def regression(targets: Callable[[int], Tensor]) -> Callable[[], list[tuple[Tensor, Tensor]]]:
-    return lambda: [(x, targets(len(x)).double()) for x, _ in batches()]
 
 
 def changed(index: int, change: Callable[[Tensor], Tensor]) -> Callable[[], list[Any]]:
@@ -81,9 +46,15 @@ DATA: dict[str, tuple[Action, str]] = {
         "training data is empty",
     ),
     "a batch without samples": (fit(lambda: [points(2), points(0)]), "training data has no sample"),
-    "iterator": (fit(lambda: iter(batches())), r"one-shot iterator \(list_iterator\).* Pass a DataLoader, or a list"),
+    "iterator": (
+        fit(lambda: iter(batches())),
+        r"one-shot iterator \(list_iterator\).* Pass a DataLoader, or a list",
+    ),
     "generator": (fit(lambda: (batch for batch in batches())), r"one-shot iterator \(generator\)"),
-    "dataset": (fit(lambda: TensorDataset(*points())), r"dataset TensorDataset .*DataLoader\(dataset, batch_size"),
+    "dataset": (
+        fit(lambda: TensorDataset(*points())),
+        r"dataset TensorDataset .*DataLoader\(dataset, batch_size",
+    ),
     "tensor": (fit(lambda: points()[0]), "DataLoader or any re-iterable of batches .*, not Tensor"),
     "mapping": (fit(lambda: {"x": points()[0]}), "re-iterable of batches .*, not dict"),
     "number": (fit(lambda: 3), "re-iterable of batches .*, not int"),
@@ -92,17 +63,32 @@ DATA: dict[str, tuple[Action, str]] = {
     "triples": (fit(lambda: [(*points(), points()[1])]), r"batches \(x, y\), got 3 parts"),
     "mappings": (fit(lambda: [{"x": points()[0], "y": points()[1]}]), r"batches \(x, y\), got dict"),
     "lengths differ": (fit(changed(0, lambda x: x[1:])), r"same number of samples .* x: \(2, 3\), y: \(3,\)"),
-    "no batch dimension": (fit(lambda: [(points()[0], torch.tensor(1))]), r"without a batch dimension.*unsqueeze\(0\)"),
+    "no batch dimension": (
+        fit(lambda: [(points()[0], torch.tensor(1))]),
+        r"without a batch dimension.*unsqueeze\(0\)",
+    ),
     "target is a list": (fit(lambda: [(points()[0], [0, 1, 1, 0])]), "target y must be a tensor, got list"),
-    "float32 inputs": (fit(changed(0, Tensor.float)), r"holds torch.float32, .* torch.float64: .*\.to\(torch.float64"),
+    "float32 inputs": (
+        fit(changed(0, Tensor.float)),
+        r"holds torch.float32, .* torch.float64: .*\.to\(torch.float64",
+    ),
     "float32 targets": (
         fit(lambda: [(x, y[:, None].float()) for x, y in batches()], module=net(1), loss=nn.MSELoss()),
         r"float32, .*float64.*\.to\(torch.float64\)",
     ),
-    "another device": (fit(changed(0, lambda x: x.to("meta"))), r"on meta, the model on cpu: move .*\.to\(device\)"),
+    "another device": (
+        fit(changed(0, lambda x: x.to("meta"))),
+        r"on meta, the model on cpu: move .*\.to\(device\)",
+    ),
     "targets on another device": (fit(changed(1, lambda y: y.to("meta"))), "on meta, the model on cpu"),
-    "NaN inputs": (fit(changed(0, lambda x: with_value(x, NAN))), "training data contains NaN or infinity: drop or"),
-    "infinite inputs": (fit(changed(0, lambda x: with_value(x, INF))), "training data contains NaN or infinity"),
+    "NaN inputs": (
+        fit(changed(0, lambda x: with_value(x, NAN))),
+        "training data contains NaN or infinity: drop or",
+    ),
+    "infinite inputs": (
+        fit(changed(0, lambda x: with_value(x, INF))),
+        "training data contains NaN or infinity",
+    ),
     "NaN targets": (
         fit(
             lambda: [(x, with_value(x[:, :1], NAN)) for x, _ in batches()],
@@ -133,7 +119,9 @@ class Loader:
 
 @pytest.mark.parametrize("second", [batches()[:1], [*batches(), points(2, 5)]])
 def test_a_loader_that_changes_its_length(second: list[Any]) -> None:
-    with pytest.raises(inf.InvalidInputError, match=r"held 7 samples when .* first read and \d now: it must yield the same"):
+    with pytest.raises(
+        inf.InvalidInputError, match=r"held 7 samples when .* first read and \d now: it must yield the same"
+    ):
         # What fits the budget is read once; only what is streamed can change.
         model(memory_budget=1).fit(Loader(batches(), second))
 
@@ -183,13 +171,19 @@ def of_dtype(dtype: torch.dtype) -> nn.Module:
 
 MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "a function": (lambda: lambda x: x, "Expected a torch.nn.Module, got function"),
-    "no trainable parameter": (without_gradients, r"Sequential has no trainable parameter.*requires_grad_\(True\)"),
+    "no trainable parameter": (
+        without_gradients,
+        r"Sequential has no trainable parameter.*requires_grad_\(True\)",
+    ),
     "no parameter at all": (nn.Flatten, "no trainable parameter"),
     "two dtypes": (mixed_dtypes, r"share one dtype and device, found .*float32.*float64.*model\.to\("),
     "complex": (lambda: of_dtype(torch.complex128), "real floating-point parameters, got torch.complex128"),
     "NaN parameter": (lambda: poisoned(NAN), "'0.weight' of the model contains NaN or infinity"),
     "infinite parameter": (lambda: poisoned(INF), "'0.weight' of the model contains NaN or infinity"),
-    "NaN buffer": (lambda: poisoned(NAN, buffer=True), "'1.running_mean' of the model contains NaN or infinity"),
+    "NaN buffer": (
+        lambda: poisoned(NAN, buffer=True),
+        "'1.running_mean' of the model contains NaN or infinity",
+    ),
     "random": (
         lambda: Functional(lambda out: F.dropout(out, 0.5, training=True)),
         r"Two forward passes .* different .* model\.eval\(\), and switch off functional dropout",
@@ -199,13 +193,28 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, track_running_stats=False)).double().eval(),
         r"^1 normalise by the statistics of the batch .*track_running_stats=False.*use running statistics",
     ),
-    "tuple output": (lambda: Functional(lambda out: (out, out)), "returned tuple; a single tensor .* Wrap the model"),
+    "tuple output": (
+        lambda: Functional(lambda out: (out, out)),
+        "returned tuple; a single tensor .* Wrap the model",
+    ),
     "mapping output": (lambda: Functional(lambda out: {"logits": out}), "returned dict; a single tensor"),
-    "integer output": (lambda: Functional(lambda out: out.argmax(1)), "returned torch.int64; expected floating"),
+    "integer output": (
+        lambda: Functional(lambda out: out.argmax(1)),
+        "returned torch.int64; expected floating",
+    ),
     "output for the batch": (lambda: Functional(torch.sum), r"shape \(\) for 4 samples: the first dimension"),
-    "output transposed": (lambda: Functional(lambda out: out.T), r"shape \(2, 4\) for 4 samples: the first dim"),
-    "infinite output": (lambda: Functional(lambda out: out / 0), "model returns NaN or infinity on the training data"),
-    "TorchScript": (lambda: scripted(net()), "The model is a TorchScript module: .* Pass the original nn.Module"),
+    "output transposed": (
+        lambda: Functional(lambda out: out.T),
+        r"shape \(2, 4\) for 4 samples: the first dim",
+    ),
+    "infinite output": (
+        lambda: Functional(lambda out: out / 0),
+        "model returns NaN or infinity on the training data",
+    ),
+    "TorchScript": (
+        lambda: scripted(net()),
+        "The model is a TorchScript module: .* Pass the original nn.Module",
+    ),
     "TorchScript inside": (
         lambda: nn.Sequential(scripted(nn.Linear(3, 2).double())),
         "The submodule '0' is a TorchScript module",
@@ -250,95 +259,6 @@ def test_pitfall_train_mode_after_the_fit_is_refused() -> None:
     module.train()
     with pytest.raises(inf.InvalidInputError, match=r"train mode .*1 \(Dropout\).*model\.eval\(\)"):
         influence.influences(*points(2))
-
-
-WEIGHTS = torch.tensor([1.0, 5.0], dtype=torch.float64)
-NEITHER = r"neither the mean \(.*\) nor the sum .* batch size\. Class weights .* reduction='sum'"
-LOSSES: dict[str, tuple[Action, str]] = {
-    "not callable": (fit(loss="mse"), r"callable as loss\(output, target\), got str"),
-    "reduction none": (
-        fit(loss=nn.CrossEntropyLoss(reduction="none")),
-        r"CrossEntropyLoss\(reduction='none'\) .* use reduction='mean' or reduction='sum'",
-    ),
-    "one value per sample": (
-        fit(loss=lambda o, t: F.cross_entropy(o, t, reduction="none")),
-        r"scalar tensor for a batch, got shape \(4,\): average over the batch",
-    ),
-    "one value in a vector": (fit(loss=lambda o, t: F.cross_entropy(o, t)[None]), r"got shape \(1,\)"),
-    "a number": (fit(loss=lambda o, t: F.cross_entropy(o, t).item()), "scalar tensor for a batch, got float"),
-    "a tuple": (fit(loss=lambda o, t: (F.cross_entropy(o, t), 0)), "scalar tensor for a batch, got tuple"),
-    "class weights": (fit(loss=nn.CrossEntropyLoss(weight=WEIGHTS)), NEITHER),
-    "ignored targets": (fit(loss=nn.CrossEntropyLoss(ignore_index=0)), NEITHER),
-    "wrong normalisation": (fit(loss=lambda o, t: F.cross_entropy(o, t) / len(o)), NEITHER),
-    "samples coupled": (fit(loss=lambda o, t: F.cross_entropy(o, t) + o.mean(0).square().sum()), NEITHER),
-    "infinite": (fit(loss=lambda o, t: F.cross_entropy(o, t) / 0), "The loss is inf on the training data"),
-    "sum that is a mean": (
-        fit(loss=inf.SupervisedObjective(nn.CrossEntropyLoss(), reduction="sum")),
-        "neither the mean",
-    ),
-}
-
-
-@pytest.mark.parametrize("what", LOSSES)
-def test_loss(what: str) -> None:
-    action, message = LOSSES[what]
-    with pytest.raises(inf.InvalidInputError, match=message):
-        action()
-
-
-def test_pitfall_reduction_none_is_refused_by_name() -> None:
-    for loss in (nn.MSELoss(reduction="none"), nn.BCEWithLogitsLoss(reduction="none")):
-        with pytest.raises(inf.InvalidInputError, match=r"reduction='none'.*reduction='mean'"):
-            model(net(1), loss).fit(regression(lambda n: torch.ones(n, 1))())
-
-
-def test_sum_and_class_weights_in_a_sum_are_fine() -> None:
-    for loss in (nn.CrossEntropyLoss(reduction="sum"), nn.CrossEntropyLoss(weight=WEIGHTS, reduction="sum")):
-        assert model(loss=loss).fit(batches()).influences(*points(2)).shape == (2, 2)
-
-
-ELEMENTWISE = {
-    "module": nn.MSELoss(),
-    "function": F.mse_loss,
-    "lambda": lambda o, t: (o - t).square().mean(),
-    "absolute": nn.L1Loss(),
-    "huber": nn.HuberLoss(),
-}
-
-
-@pytest.mark.parametrize("what", ELEMENTWISE)
-def test_pitfall_targets_that_would_broadcast_are_refused(what: str) -> None:
-    message = r"shape \(4,\) .* output of shape \(4, 1\): .* Reshape it: y\.reshape\(\(4, 1\)\)"
-    with pytest.raises(inf.InvalidInputError, match=message):
-        model(net(1), ELEMENTWISE[what]).fit(regression(lambda n: torch.arange(n))())
-    influence = model(net(1), ELEMENTWISE[what]).fit(regression(lambda n: torch.arange(n)[:, None])())
-    with pytest.raises(inf.InvalidInputError, match=r"shape \(2,\) .* output of shape \(2, 1\)"):
-        influence.influences(points(2)[0], torch.arange(2).double())
-
-
-def test_a_loss_that_squeezes_its_output_is_fine() -> None:
-    influence = model(net(1), lambda o, t: (o.squeeze(-1) - t).square().mean())
-    influence.fit(regression(lambda n: torch.arange(n))())
-    assert influence.influences(points(2)[0], torch.arange(2).double()).shape == (2, 2)
-
-
-def distance(output: Tensor, target: Tensor) -> Tensor:
-    """Not differentiable where a prediction is exact."""
-    return (output - target).square().sum(1).sqrt().mean()
-
-
-@pytest.mark.parametrize("source", ["hessian", "gauss_newton", "empirical_fisher"])
-def test_gradients_that_are_not_finite(source: str) -> None:
-    module = net()
-    x, _ = points()
-    exact = [(x, module(x).detach())]
-    with pytest.raises(inf.NonFiniteError, match=r"NaN or infinity.*[Cc]heck"):
-        model(module, distance, source=source).fit(exact)
-    # The Hessian is indefinite here, by less than this λ.
-    influence = model(module, distance, source=source, hessian_regularization=5.0)
-    influence.fit([(x, module(x).detach() + 1.0)])
-    with pytest.raises(inf.NonFiniteError, match=r"gradients of samples \[0, 1, 2, 3\] .* NaN or infinity: check"):
-        influence.influences(*exact[0])
 
 
 def test_a_failed_fit_leaves_the_previous_one() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import influence_framework as inf
 from influence_framework.inverses import Inverse, make_solution
 from tests import nets
-from tests.test_bad_input import Action, batches, fit, fitted, model, net, points
+from tests.small import Action, batches, fit, fitted, model, net, points
 
 pytestmark = pytest.mark.usefixtures("as_user")
 
@@ -26,16 +26,36 @@ def named(**options: Any) -> Action:
 
 
 NAMES: dict[str, tuple[Action, type[Exception], str]] = {
-    "solver": (named(solver="driect"), inf.UnknownMethodError, "solver 'driect'. Did you mean 'direct'.*cg, direct"),
-    "source": (named(source="gauss"), inf.UnknownMethodError, "curvature source 'gauss'.*Installed: .*gauss_newton"),
-    "option": (named(solver={"name": "cg", "rtoll": 1}), inf.UnknownOptionError, "no option 'rtoll'.*'rtol'.*maxiter"),
+    "solver": (
+        named(solver="driect"),
+        inf.UnknownMethodError,
+        "solver 'driect'. Did you mean 'direct'.*cg, direct",
+    ),
+    "source": (
+        named(source="gauss"),
+        inf.UnknownMethodError,
+        "curvature source 'gauss'.*Installed: .*gauss_newton",
+    ),
+    "option": (
+        named(solver={"name": "cg", "rtoll": 1}),
+        inf.UnknownOptionError,
+        "no option 'rtoll'.*'rtol'.*maxiter",
+    ),
     "source option": (
         named(source={"name": "hessian", "precompute": True}),
         inf.UnknownOptionError,
         "'hessian' has no option 'precompute'.*precompute_grad",
     ),
-    "mapping without name": (named(solver={"rtol": 1.0}), inf.UnknownOptionError, r"needs the key 'name', got \['rtol'\]"),
-    "a class": (named(solver=CgSolver), inf.InvalidInputError, r"class CgSolver as solver: pass an instance, CgSolver\(\.\.\.\)"),
+    "mapping without name": (
+        named(solver={"rtol": 1.0}),
+        inf.UnknownOptionError,
+        r"needs the key 'name', got \['rtol'\]",
+    ),
+    "a class": (
+        named(solver=CgSolver),
+        inf.InvalidInputError,
+        r"class CgSolver as solver: pass an instance, CgSolver\(\.\.\.\)",
+    ),
     "not a solver": (named(solver=3), inf.InvalidInputError, "solver as a name, .* got int"),
     "not a source": (named(source=3), inf.InvalidInputError, "curvature source as a name, .* got int"),
 }
@@ -54,7 +74,10 @@ MODES = ["Perturbation", "Up", "perturb", "", None, 1]
 @pytest.mark.parametrize("mode", MODES)
 def test_pitfall_an_unknown_mode_is_refused(mode: Any) -> None:
     influence = fitted()
-    factors, by_block = influence.influence_factors(*points(2)), influence.influence_factors_by_block(*points(2))
+    factors, by_block = (
+        influence.influence_factors(*points(2)),
+        influence.influence_factors_by_block(*points(2)),
+    )
     for action in (
         lambda: influence.influences(*points(2), mode=mode),
         lambda: influence.influences_by_block(*points(2), mode=mode),
@@ -66,7 +89,7 @@ def test_pitfall_an_unknown_mode_is_refused(mode: Any) -> None:
 
 
 def test_the_nearest_mode_is_suggested() -> None:
-    with pytest.raises(inf.InvalidInputError, match="'Perturbation'.* Did you mean 'perturbation'?"):
+    with pytest.raises(inf.InvalidInputError, match=r"'Perturbation'.* Did you mean 'perturbation'\?"):
         fitted().influences(*points(2), mode="Perturbation")
 
 
@@ -83,7 +106,10 @@ REGULARIZATION: dict[str, tuple[Any, str]] = {
     "None": (None, "is a number or a mapping .* is None"),
     "negative in a mapping": ({"full": -1.0}, "not negative, got -1.0 for 'full'"),
     "bool in a mapping": ({"full": True}, "'full' is True"),
-    "unknown block": ({"full": 1.0, "fll": 1.0}, "names the block 'fll', which does not exist. Did you mean 'full'"),
+    "unknown block": (
+        {"full": 1.0, "fll": 1.0},
+        "names the block 'fll', which does not exist. Did you mean 'full'",
+    ),
     "missing block": ({}, "no value for the blocks full: name every block, or pass one number"),
 }
 
@@ -108,7 +134,9 @@ def test_what_needs_no_data_is_refused_before_the_fit(value: Any) -> None:
 
 @pytest.mark.parametrize("budget", [0, -1])
 def test_memory_budget(budget: int) -> None:
-    with pytest.raises(inf.InvalidInputError, match=f"memory_budget is a positive number of bytes, got {budget}"):
+    with pytest.raises(
+        inf.InvalidInputError, match=f"memory_budget is a positive number of bytes, got {budget}"
+    ):
         model(memory_budget=budget)
 
 
@@ -119,10 +147,16 @@ BLOCKS: dict[str, tuple[Any, str]] = {
     "overlap": ({"a": ALL, "b": ["2.bias"]}, "'2.bias' is in block 'a' and in block 'b': .*exactly one"),
     "twice in one": ({"a": [*ALL, "2.bias"]}, "'2.bias' is in block 'a' and in block 'a'"),
     "missing": ({"a": ALL[:2]}, r"in no block: 2.weight, 2.bias. Add them .*requires_grad_\(False\)"),
-    "unknown name": ({"a": [*ALL, "2.wieght"]}, "'2.wieght', which is not a trainable .*Did you mean '2.weight'.*Known"),
+    "unknown name": (
+        {"a": [*ALL, "2.wieght"]},
+        "'2.wieght', which is not a trainable .*Did you mean '2.weight'.*Known",
+    ),
     "empty": ({"a": ALL, "b": []}, "Block 'b' has no parameter: remove it or fill it"),
     "no block": ({}, "in no block: 0.weight"),
-    "a string": ({"a": "0.weight"}, r"must list parameter names, got the string '0.weight': write \['0.weight'\]"),
+    "a string": (
+        {"a": "0.weight"},
+        r"must list parameter names, got the string '0.weight': write \['0.weight'\]",
+    ),
 }
 
 
@@ -135,7 +169,7 @@ def test_blocks(what: str) -> None:
 
 def test_a_frozen_parameter_belongs_to_no_block() -> None:
     module = nets.frozen(net(), "0.")
-    with pytest.raises(inf.InvalidInputError, match="'0.weight', which is not a trainable parameter"):
+    with pytest.raises(inf.InvalidInputError, match=r"'0\.weight', which is not a trainable parameter"):
         model(module, blocks={"all": ALL}).fit(batches())
 
 
@@ -147,8 +181,14 @@ CG: dict[str, tuple[dict[str, Any], str]] = {
     "no iterations": ({"maxiter": 0}, "maxiter must be a positive integer or None, got 0"),
     "half an iteration": ({"maxiter": 2.5}, "maxiter must be a positive integer or None, got 2.5"),
     "x0 as a list": ({"x0": [0.0]}, "x0 must be a tensor or None, got list"),
-    "direct as preconditioner": ({"preconditioner": "direct"}, "DirectSolver cannot precondition 'cg': .*'jacobi'"),
-    "itself as preconditioner": ({"preconditioner": CgSolver()}, r"fixed symmetric positive definite .*\(fixed = True\)"),
+    "direct as preconditioner": (
+        {"preconditioner": "direct"},
+        "DirectSolver cannot precondition 'cg': .*'jacobi'",
+    ),
+    "itself as preconditioner": (
+        {"preconditioner": CgSolver()},
+        r"fixed symmetric positive definite .*\(fixed = True\)",
+    ),
     "no preconditioner at all": ({"preconditioner": 3}, "preconditioner must be a solver instance .* got 3"),
     "a class": ({"preconditioner": JacobiSolver}, "preconditioner must be a solver instance"),
 }
@@ -183,7 +223,9 @@ class ReturnsNothing:
 
 
 def test_pitfall_a_preconditioner_that_returns_nothing_is_refused() -> None:
-    with pytest.raises(inf.InvalidInputError, match=r"ReturnsNothing.fit returned NoneType .* \(26, 26\) was expected"):
+    with pytest.raises(
+        inf.InvalidInputError, match=r"ReturnsNothing.fit returned NoneType .* \(26, 26\) was expected"
+    ):
         fitted(solver=CgSolver(preconditioner=ReturnsNothing()))
 
 
@@ -220,7 +262,10 @@ ARGUMENTS: dict[str, tuple[Scores, str]] = {
     "no test target": (lambda m: m.influences(X, None), "y of the test data is missing: pass both"),
     "no test input": (lambda m: m.influences(None, Y), "x of the test data is missing"),
     "no factor target": (lambda m: m.influence_factors(X, None), "y of the points is missing"),
-    "no target with factors": (lambda m: m.influences_from_factors(ROWS, X, None), "y of the training points is missing"),
+    "no target with factors": (
+        lambda m: m.influences_from_factors(ROWS, X, None),
+        "y of the training points is missing",
+    ),
     "lengths of the test data": (lambda m: m.influences(X, Y[:2]), r"x: \(4, 3\), y: \(2,\)"),
     "lengths of the training points": (lambda m: m.influences(X, Y, X[:1], Y), r"x: \(1, 3\), y: \(4,\)"),
     "no test point": (lambda m: m.influences(X[:0], Y[:0]), "the test data has no sample"),
@@ -228,15 +273,33 @@ ARGUMENTS: dict[str, tuple[Scores, str]] = {
     "device": (lambda m: m.influences(X, Y, X.to("meta"), Y), "training points is on meta, the model on cpu"),
     "NaN": (lambda m: m.influences(X * NAN, Y), "test data contains NaN or infinity"),
     "infinity": (lambda m: m.influence_factors(X * INF, Y), "points contains NaN or infinity"),
-    "short factors": (lambda m: m.influences_from_factors(ROWS[:, 1:], X, Y), r"must be \(m, 26\), .*got \(2, 25\)"),
-    "factors as columns": (lambda m: m.influences_from_factors(ROWS.T, X, Y), r"must be \(m, 26\), .*got \(26, 2\)"),
+    "short factors": (
+        lambda m: m.influences_from_factors(ROWS[:, 1:], X, Y),
+        r"must be \(m, 26\), .*got \(2, 25\)",
+    ),
+    "factors as columns": (
+        lambda m: m.influences_from_factors(ROWS.T, X, Y),
+        r"must be \(m, 26\), .*got \(26, 2\)",
+    ),
     "one factor": (lambda m: m.influences_from_factors(ROWS[0], X, Y), r"must be \(m, 26\), .*got \(26,\)"),
-    "factors in NumPy": (lambda m: m.influences_from_factors(ROWS.numpy(), X, Y), "influence_factors returns; got ndarray"),
-    "factors in float32": (lambda m: m.influences_from_factors(ROWS.float(), X, Y), r"is torch.float32 .*\.to\("),
+    "factors in NumPy": (
+        lambda m: m.influences_from_factors(ROWS.numpy(), X, Y),
+        "influence_factors returns; got ndarray",
+    ),
+    "factors in float32": (
+        lambda m: m.influences_from_factors(ROWS.float(), X, Y),
+        r"is torch.float32 .*\.to\(",
+    ),
     "factors elsewhere": (lambda m: m.influences_from_factors(ROWS.to("meta"), X, Y), "on meta, the model"),
     "NaN factors": (lambda m: m.influences_from_factors(ROWS * NAN, X, Y), "z_test_factors contains NaN"),
-    "blocks as a tensor": (lambda m: m.influences_from_factors_by_block(ROWS, X, Y), r"blocks \['full'\], got .*Tensor"),
-    "another block": (lambda m: m.influences_from_factors_by_block({"a": ROWS}, X, Y), r"blocks \['full'\], got \['a'\]"),
+    "blocks as a tensor": (
+        lambda m: m.influences_from_factors_by_block(ROWS, X, Y),
+        r"blocks \['full'\], got .*Tensor",
+    ),
+    "another block": (
+        lambda m: m.influences_from_factors_by_block({"a": ROWS}, X, Y),
+        r"blocks \['full'\], got \['a'\]",
+    ),
     "short block": (
         lambda m: m.influences_from_factors_by_block({"full": ROWS[:, 1:]}, X, Y),
         r"z_test_factors\['full'\] must be \(m, 26\)",
@@ -273,7 +336,9 @@ def test_perturbation_needs_one_floating_point_input_and_says_so_before_solving(
     torch.manual_seed(0)
     tokens, labels = torch.randint(5, (3, 4)), torch.tensor([0, 1, 1])
     words = model(nets.TokenMean().double().eval(), solver=NoSolver(), blocks=blocks).fit([(tokens, labels)])
-    with pytest.raises(inf.InvalidInputError, match=r"floating-point tensor; got a tensor of torch.int64.*mode='up'"):
+    with pytest.raises(
+        inf.InvalidInputError, match=r"floating-point tensor; got a tensor of torch.int64.*mode='up'"
+    ):
         words.influences(tokens, labels, mode="perturbation")
     pair, target = (torch.randn(3, 3).double(), torch.randn(3, 2).double()), torch.randn(3, 2).double()
     two = model(nets.Positional().double().eval(), nn.MSELoss(), solver=NoSolver(), blocks=blocks)

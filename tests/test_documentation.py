@@ -211,3 +211,10 @@ def test_pages_include_only_marked_parts_that_exist() -> None:
             text = (ROOT / source).read_text()
             for end in ("start", "end"):
                 assert text.count(f"<!-- --8<-- [{end}:{part}] -->") == 1
+
+
+def test_the_site_fetches_nothing_from_elsewhere() -> None:
+    configuration = (ROOT / "mkdocs.yml").read_text()
+    assert re.search(r"^  font: false$", configuration, re.MULTILINE)
+    assert "://" not in configuration
+    assert "extra_" not in configuration

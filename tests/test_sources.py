@@ -88,6 +88,15 @@ def test_on_some_of_the_parameters(name: str, source: str) -> None:
         assert_close(operator.diagonal(), expected.diagonal(), EXACT)
 
 
+def test_on_parameters_that_nothing_depends_on(source: str) -> None:
+    problem = cases.problem(cases.make("unused_parameter"))
+    operator = hessian_sources[source].create().operator(problem, problem.parameters.subset(["spare"]))
+    assert torch.equal(cases.by_columns(operator), torch.zeros(2, 2, dtype=torch.float64))
+    assert torch.equal(to_dense(operator), torch.zeros(2, 2, dtype=torch.float64))
+    if isinstance(operator, Diagonal):
+        assert torch.equal(operator.diagonal(), torch.zeros(2, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("name", CONVEX)
 def test_gauss_newton_is_positive_semidefinite(name: str) -> None:
     matrix = to_dense(cases.operator("gauss_newton", cases.problem(cases.make(name))))

@@ -10,9 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, TensorDataset
 
 from influence_framework import Diagonal, LinearOperator, Minibatches
+from influence_framework.data import map_leaves
 from influence_framework.sources import streaming
 from tests import cases, nets, reference
 from tests.cases import Instance
@@ -90,6 +92,14 @@ def test_a_tiny_memory_budget_gives_the_same(name: str, source: str, monkeypatch
         assert_close(operator.diagonal(), expected.diagonal(), EXACT)
 
 
+@pytest.mark.parametrize("budget", [2**20, TINY])
+def test_pitfall_a_sum_is_told_from_a_mean_in_batches_of_one(budget: int, source: str) -> None:
+    instance = cases.make("batch_size_one")
+    total = Instance(instance.model, lambda o, t: F.cross_entropy(o, t, reduction="sum"), instance.data)
+    operator = cases.operator(source, cases.problem(total, memory_budget=budget))
+    assert_close(cases.by_columns(operator), cases.dense("batch_size_one", source), EXACT)
+
+
 def test_batches_of_different_sequence_length(source: str) -> None:
     torch.manual_seed(0)
     model = nets.TokenMean().double().eval()
@@ -154,6 +164,16 @@ def test_shuffling_loader(source: str, budget: int) -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(first, second)
     assert_close(first, cases.dense("ragged_last_batch", source), EXACT)
+
+
+@pytest.mark.parametrize("name", ["tuple_inputs", "mapping_inputs", "embedding"])
+def test_loader_over_single_samples(name: str, source: str) -> None:
+    instance = cases.make(name)
+    # Without their batch dimension, for the loader to put together: tuples come back as lists.
+    singles = [map_leaves(lambda tensor: tensor[0], sample) for sample in reference.samples(instance.data)]
+    loader: DataLoader[Any] = DataLoader(singles, batch_size=4)  # type: ignore[arg-type]
+    problem = cases.problem(Instance(instance.model, instance.loss, loader))
+    assert_close(cases.by_columns(cases.operator(source, problem)), cases.dense(name, source), EXACT)
 
 
 @pytest.mark.parametrize("budget", [2**20, TINY])

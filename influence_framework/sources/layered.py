@@ -58,7 +58,7 @@ def _samples_at_once(problem: Problem, layers: list[LinearLayer]) -> int:
 
 
 def _places(layer: LinearLayer, parameters: ParameterSpace) -> Int[Tensor, "o e"]:
-    """Positions in the flat vector of ``[weight, bias]`` of a layer; columns that do not take part are left out."""
+    """Positions in the flat vector of ``[weight, bias]`` of a layer, as far as they take part."""
     spans = dict(zip(parameters.names, parameters.spans, strict=True))
     shapes = dict(zip(parameters.names, parameters.shapes, strict=True))
     columns = []

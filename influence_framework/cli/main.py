@@ -1,0 +1,157 @@
+"""Arguments of the command ``influence``, and what is done with them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from influence_framework.cli.plugins import overview
+from influence_framework.errors import InfluenceError, InvalidInputError
+from influence_framework.registry import default_registry
+
+PAGE = "influence-demo.html"
+FAILURE = 2
+INTERRUPTED = 130
+CUT_OFF = 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: Its arguments; those of the process where left out.
+
+    Returns:
+        0; 2 where something is wrong that the user can put right, which is said on standard error; 130
+        where interrupted; 1 where nobody reads what it prints.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show λ shows a question mark instead of ending the command.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    arguments = _parser().parse_args(argv)
+    try:
+        if arguments.command == "plugins":
+            _plugins(arguments)
+        else:
+            _demo(arguments)
+        sys.stdout.flush()
+    except InfluenceError as error:
+        print(f"influence: {error}", file=sys.stderr)
+        return FAILURE
+    except KeyboardInterrupt:
+        print("influence: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader, such as head, has seen enough; the interpreter must not try to write the rest.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CUT_OFF
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="influence",
+        description="Which training points pushed a PyTorch model towards or away from a prediction.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    plugins = commands.add_parser(
+        "plugins",
+        help="list the installed solvers and curvature sources",
+        description="List the installed solvers and curvature sources, and the plugins that do not work.",
+    )
+    plugins.add_argument("-v", "--verbose", action="store_true", help="list options and their defaults too")
+
+    demo = commands.add_parser(
+        "demo",
+        help="find flipped labels in a small data set and write a page about it",
+        description=(
+            "Train a small net on scikit-learn's digits with 10 %% of the training labels flipped, score every "
+            "training image by its influence, count the flipped labels that the scores find, and write one "
+            "self-contained HTML page. Needs: pip install 'influence-framework[demo]'"
+        ),
+    )
+    demo.add_argument(
+        "--solver", default="cg", metavar="NAME", help="how the curvature is inverted (default: cg)"
+    )
+    demo.add_argument(
+        "--source",
+        default="gauss_newton",
+        metavar="NAME",
+        help="which curvature: gauss_newton, hessian, empirical_fisher (default: gauss_newton)",
+    )
+    demo.add_argument(
+        "--regularization",
+        type=float,
+        metavar="F",
+        help="λ of (C + λI)⁻¹ (default: 0.02; 0.2 for the hessian, which has negative eigenvalues)",
+    )
+    demo.add_argument(
+        "--output", type=Path, default=Path(PAGE), metavar="PATH", help=f"where the page goes (default: {PAGE})"
+    )
+    demo.add_argument(
+        "--seed", type=_seed, default=0, metavar="N", help="of data, flipped labels and net (default: 0)"
+    )
+    return parser
+
+
+def _version() -> str:
+    try:
+        return metadata.version("influence-framework")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _seed(text: str) -> int:
+    seed = int(text)
+    if not 0 <= seed < 2**63:
+        raise argparse.ArgumentTypeError(f"must lie in [0, 2⁶³), got {seed}")
+    return seed
+
+
+def _plugins(arguments: argparse.Namespace) -> None:
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print(overview(default_registry, verbose=arguments.verbose, width=width))
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    # Imported here, so that the other commands work without the extra.
+    from influence_framework.cli import demo, page, report
+
+    start = time.perf_counter()
+    output = _writable(arguments.output)
+    result = demo.run(
+        demo.Settings(arguments.solver, arguments.source, arguments.regularization, arguments.seed),
+        progress=True,
+    )
+    for message in result.warnings:
+        print(f"warning: {message}", file=sys.stderr)
+    print(report.report(result))
+    text = page.render(result)
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InvalidInputError(f"Cannot write {output}: {error.strerror}.") from None
+    print(f"\nWrote {output} ({len(text.encode()) / 1000:.0f} kB) after {time.perf_counter() - start:.1f} s.")
+
+
+def _writable(path: Path) -> Path:
+    """The absolute path of the page, checked before anything is computed."""
+    path = path.expanduser().absolute()
+    if path.is_dir():
+        path /= PAGE
+    if not path.parent.is_dir():
+        raise InvalidInputError(f"Cannot write {path}: the folder {path.parent} does not exist.")
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())
