@@ -43,6 +43,13 @@ def map_leaves(function: Callable[..., Any], batch: Batch, *others: Batch) -> Ba
     return batch
 
 
+def detached(batch: Batch) -> Batch:
+    """The batch out of whatever graph its tensors are part of."""
+    if not any(tensor.requires_grad for tensor in leaves(batch)):
+        return batch
+    return map_leaves(lambda tensor: tensor.detach(), batch)
+
+
 def take(batch: Batch, index: slice | Tensor) -> Batch:
     """The samples at ``index`` of every tensor."""
     return map_leaves(lambda tensor: tensor[index], batch)

@@ -46,6 +46,18 @@ def pull_back(
     return [None if gradient is None else gradient[None] for gradient in single]
 
 
+def gradients_of(
+    output: Tensor, inputs: Sequence[Tensor], cotangent: Tensor | None = None, *, keep_graph: bool = True
+) -> list[Tensor]:
+    """Gradients of ``output`` (of its product with ``cotangent``), zero for inputs it does not depend on.
+
+    With ``keep_graph`` they can be differentiated again.
+    """
+    if not output.requires_grad:
+        return [torch.zeros_like(tensor) for tensor in inputs]
+    return list(torch.autograd.grad(output, inputs, cotangent, create_graph=keep_graph, materialize_grads=True))
+
+
 def sample_chunks(
     problem: Problem, parameters: ParameterSpace, batch: Batch, size: int, *, copies: int = 2
 ) -> Iterator[Batch]:
@@ -202,7 +214,7 @@ def _input_derivative(problem: Problem, x: Tensor, y: Any) -> Callable[[Tensor],
     leaves = problem.parameters.leaves(problem.model)
     with torch.enable_grad():
         total = problem.mean_loss(leaves, (inputs, y)) * inputs.shape[0]
-        gradients = torch.autograd.grad(total, list(leaves.values()), create_graph=True, materialize_grads=True)
+        gradients = gradients_of(total, list(leaves.values()))
 
     def derivative(rows: Tensor) -> Tensor:
         (result,) = pull_back(gradients, [inputs], problem.parameters.unflatten_rows(rows))

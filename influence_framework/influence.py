@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from influence_framework.data import Batch, random_state_kept
+from influence_framework.data import Batch, detached, random_state_kept
 from influence_framework.devices import to_device
 from influence_framework.errors import InvalidInputError, NonFiniteError, NotFittedError, did_you_mean
 from influence_framework.gradients import (
@@ -341,7 +341,7 @@ class TorchInfluenceFunctionModel:
         check_model(problem.model)
         check_unchanged(problem.model, self._fitted().state)
         problem.validated(batch, what)
-        return batch
+        return detached(batch)
 
     def _size(self, batch: Batch) -> int:
         return self._fitted().problem.objective.size(batch)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from influence_framework.data import Batch
-from influence_framework.gradients import pull_back
+from influence_framework.gradients import gradients_of, pull_back
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
 from influence_framework.protocols import LayerBatch
@@ -121,7 +121,7 @@ def layer_batch(problem: Problem, layers: list[LinearLayer], batch: Batch) -> di
     """Inputs and output gradients of every use of ``layers``, by layer name."""
     tape = record(problem, layers, batch)
     total = problem.objective.sample_losses(tape.outputs, batch).sum()
-    gradients = torch.autograd.grad(total, tape.shifts, materialize_grads=True)
+    gradients = gradients_of(total, tape.shifts, keep_graph=False)
     found: dict[str, list[LayerBatch]] = {layer.name: [] for layer in layers}
     for use, gradient in zip(tape.uses, gradients, strict=True):
         layer = use.layer

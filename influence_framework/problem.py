@@ -16,6 +16,7 @@ from influence_framework.data import (
     Batch,
     RandomState,
     check_reiterable,
+    detached,
     join,
     leaves,
     nbytes,
@@ -98,11 +99,11 @@ class Problem:
         sizes: list[int] = []
         held = 0
         problem = self
-        for batch in one_pass(self.data, self.state):
+        for batch in map(detached, one_pass(self.data, self.state)):
             problem = problem.validated(batch, "training data")
             sizes.append(problem.objective.size(batch))
             if len(sizes) == 1:
-                problem._check_deterministic(batch)
+                problem._check_one_sample_at_a_time(batch)
                 problem = replace(problem, sample_bytes=problem._activation_bytes(batch) // sizes[0] + 1)
             held += nbytes(batch)
             if held > self.memory_budget:
@@ -159,13 +160,27 @@ class Problem:
             raise NonFiniteError(f"The loss is {loss.item()} on the {what}.")
         return replace(self, objective=objective)
 
-    def _check_deterministic(self, batch: Batch) -> None:
+    def _check_one_sample_at_a_time(self, batch: Batch) -> None:
+        """Raise unless a sample's output depends on that sample alone."""
         with torch.no_grad(), random_state_kept():
             once, again = self.outputs({}, batch), self.outputs({}, batch)
-        if (once - again).abs().max() > torch.finfo(once.dtype).eps ** 0.5 * once.abs().max():
+            alone = self.outputs({}, take(batch, slice(0, 1)))
+        # Far above rounding, which differs with the size of the batch.
+        tolerance = torch.finfo(once.dtype).eps ** 0.5 * once.abs().max()
+        if (once - again).abs().max() > tolerance:
             raise InvalidInputError(
                 "Two forward passes over the same batch gave different outputs: the model draws random "
                 "numbers. Call model.eval(), and switch off functional dropout."
+            )
+        if alone.shape != once[:1].shape:
+            raise InvalidInputError(
+                f"The model returned shape {tuple(once.shape)} for a batch and {tuple(alone.shape)} for its "
+                "first sample alone: it must keep the first dimension. Use squeeze(-1), not squeeze()."
+            )
+        if (once[:1] - alone).abs().max() > tolerance:
+            raise InvalidInputError(
+                "The output for a sample differs with the other samples of its batch, so no sample has a loss "
+                "of its own: use running statistics, or whatever else keeps samples apart."
             )
 
     def _activation_bytes(self, batch: Batch) -> int:
@@ -198,7 +213,7 @@ class Problem:
             InvalidInputError: The data holds another number of samples than when it was first read.
         """
         total = 0
-        source = self.data if self.cached else one_pass(self.data, self.state)
+        source = self.data if self.cached else map(detached, one_pass(self.data, self.state))
         for whole in source:
             for batch in split(whole, self.objective.size(whole), self.max_batch):
                 size = self.objective.size(batch)
@@ -258,9 +273,14 @@ def _settled(objective: Objective) -> Objective:
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise unless ``model`` is a deterministic ``nn.Module`` with finite parameters."""
+    """Raise unless ``model`` is a deterministic ``nn.Module`` with finite parameters and gradients exist."""
     if not isinstance(model, nn.Module):
         raise InvalidInputError(f"Expected a torch.nn.Module, got {type(model).__name__}.")
+    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
+        raise InvalidInputError(
+            "Under torch.inference_mode() nothing has a gradient: fit and score outside of it, with a model "
+            "made outside of it. torch.no_grad() is fine."
+        )
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             where = f"submodule {name!r}" if name else "model"
@@ -328,6 +348,11 @@ def _mixes_samples_always(module: nn.Module) -> bool:
 def check_leaves(batch: Batch, parameters: ParameterSpace, what: str) -> None:
     """Raise unless every tensor of ``batch`` is finite and on the model's device, and inputs of its dtype."""
     for tensor in leaves(batch):
+        if tensor.is_inference():
+            raise InvalidInputError(
+                f"The {what} was made under torch.inference_mode() and cannot be differentiated through: pass "
+                "a clone() of it, or make it under torch.no_grad()."
+            )
         if tensor.device != parameters.device:
             raise InvalidInputError(
                 f"The {what} is on {tensor.device}, the model on {parameters.device}: move one of them "

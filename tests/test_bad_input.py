@@ -193,6 +193,10 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, track_running_stats=False)).double().eval(),
         r"^1 normalise by the statistics of the batch .*track_running_stats=False.*use running statistics",
     ),
+    "centred on the batch": (
+        lambda: Functional(lambda out: out - out.mean(0)),
+        r"differs with the other samples of its batch.*use running statistics",
+    ),
     "tuple output": (
         lambda: Functional(lambda out: (out, out)),
         "returned tuple; a single tensor .* Wrap the model",
@@ -227,6 +231,30 @@ def test_model(what: str) -> None:
     make, message = MODELS[what]
     with pytest.raises(inf.InvalidInputError, match=message):
         model(make()).fit(batches())
+
+
+def test_a_model_that_squeezes_the_batch_dimension_away() -> None:
+    data = [(x, torch.ones(len(x)).double()) for x, _ in batches()]
+    message = r"shape \(4,\) for a batch and \(\) for its first sample alone.* squeeze\(-1\)"
+    with pytest.raises(inf.InvalidInputError, match=message):
+        model(Functional(lambda out: out[:, :1].squeeze()), nn.MSELoss()).fit(data)
+    model(Functional(lambda out: out[:, :1].squeeze(-1)), nn.MSELoss()).fit(data)
+
+
+def test_inference_mode_is_refused_and_no_grad_is_not() -> None:
+    influence = model().fit(batches())
+    expected = influence.influences(*points(2))
+    with torch.inference_mode():
+        for action in (model().fit, lambda _: influence.influences(*points(2))):
+            with pytest.raises(inf.InvalidInputError, match=r"inference_mode\(\).*no_grad\(\) is fine"):
+                action(batches())
+        made = net(), batches()
+    with pytest.raises(inf.InvalidInputError, match=r"inference_mode\(\).* model made outside"):
+        model(made[0]).fit(batches())
+    with pytest.raises(inf.InvalidInputError, match=r"training data was made under .*clone\(\)"):
+        model().fit(made[1])
+    with torch.no_grad():
+        torch.testing.assert_close(model().fit(batches()).influences(*points(2)), expected)
 
 
 TRAINING: dict[str, tuple[Callable[[], nn.Module], str]] = {

@@ -40,14 +40,14 @@ class Exact:
 
     Attributes:
         jitter: Added to the diagonal.
-        helper: Another solver.
+        partner: Another solver.
         spare: Yet another one.
         gadget: Something of a type that exists for the type checker alone.
         label: A string that is no name of a solver.
     """
 
     jitter: float = 0.0
-    helper: inf.Solver | None = None
+    partner: inf.Solver | None = None
     spare: inf.Solver | None = None
     gadget: Gadget | None = None
     label: str = "plain"
@@ -68,9 +68,9 @@ class FisherOnly(Exact):
 class Plain:
     """No dataclass: its options are those of ``__init__``."""
 
-    def __init__(self, depth: int, helper: inf.Solver | None = None, **anything: Any) -> None:
+    def __init__(self, depth: int, partner: inf.Solver | None = None, **anything: Any) -> None:
         self.depth = depth
-        self.helper = helper
+        self.partner = partner
 
     def fit(self, operator: Any, regularization: float) -> Any: ...
 
@@ -160,9 +160,9 @@ class TestSpecifications:
         assert torch.allclose(4 * quartered.fit([data]).influences(*data), plain)
 
     def test_the_mapping_is_left_as_it_was(self, net: nn.Module) -> None:
-        spec = {"name": "exact", "helper": {"name": "exact", "jitter": 1.0}}
+        spec = {"name": "exact", "partner": {"name": "exact", "jitter": 1.0}}
         composed(net, solver=spec)
-        assert spec == {"name": "exact", "helper": {"name": "exact", "jitter": 1.0}}
+        assert spec == {"name": "exact", "partner": {"name": "exact", "jitter": 1.0}}
 
     def test_everything_else_is_passed_on(self, net: nn.Module) -> None:
         model = composed(
@@ -191,25 +191,25 @@ class TestDefaultSource:
 
 class TestNestedSolvers:
     @pytest.mark.parametrize(
-        "helper",
+        "partner",
         ["exact", {"name": "exact"}, {"name": "exact", "jitter": 0.0}, Exact()],
         ids=["name", "mapping", "options", "instance"],
     )
     @pytest.mark.parametrize(
         "outer", [{"name": "exact"}, {"name": "plain", "depth": 1}], ids=["dataclass", "class"]
     )
-    def test_by_name_mapping_or_instance(self, outer: dict[str, Any], helper: Any) -> None:
-        assert resolve("solver", {**outer, "helper": helper}, REGISTRY).helper == Exact()
+    def test_by_name_mapping_or_instance(self, outer: dict[str, Any], partner: Any) -> None:
+        assert resolve("solver", {**outer, "partner": partner}, REGISTRY).partner == Exact()
 
     def test_several_and_deeper(self) -> None:
         spec = {
             "name": "exact",
             "spare": "exact",
-            "helper": {"name": "exact", "helper": {"name": "plain", "depth": 7}},
+            "partner": {"name": "exact", "partner": {"name": "plain", "depth": 7}},
         }
         solver = resolve("solver", spec, REGISTRY)
         assert solver.spare == Exact()
-        assert solver.helper.helper.depth == 7
+        assert solver.partner.partner.depth == 7
 
     def test_other_options_keep_their_strings_and_mappings(self) -> None:
         solver = resolve("solver", {"name": "exact", "label": "exact", "gadget": {"name": "exact"}}, REGISTRY)
@@ -217,17 +217,17 @@ class TestNestedSolvers:
         assert solver.gadget == {"name": "exact"}
 
     def test_left_out_or_none(self) -> None:
-        assert resolve("solver", {"name": "exact", "helper": None}, REGISTRY).helper is None
+        assert resolve("solver", {"name": "exact", "partner": None}, REGISTRY).partner is None
 
     def test_what_is_wrong_with_one_is_told(self) -> None:
         with pytest.raises(inf.UnknownMethodError, match=r"'exakt'. Did you mean 'exact'\?"):
-            resolve("solver", {"name": "exact", "helper": "exakt"}, REGISTRY)
+            resolve("solver", {"name": "exact", "partner": "exakt"}, REGISTRY)
         with pytest.raises(inf.UnknownOptionError, match=r"no option 'jiter'. Did you mean 'jitter'\?"):
-            resolve("solver", {"name": "exact", "helper": {"name": "exact", "jiter": 1.0}}, REGISTRY)
+            resolve("solver", {"name": "exact", "partner": {"name": "exact", "jiter": 1.0}}, REGISTRY)
 
     def test_the_registry_is_the_one_given(self) -> None:
         with pytest.raises(inf.UnknownMethodError, match="'jacobi'"):
-            resolve("solver", {"name": "exact", "helper": "jacobi"}, REGISTRY)
+            resolve("solver", {"name": "exact", "partner": "jacobi"}, REGISTRY)
 
     def test_cg_with_a_preconditioner(self, net: nn.Module, data: tuple[Tensor, Tensor]) -> None:
         by_name = inf.compose(net, nn.CrossEntropyLoss(), solver={"name": "cg", "preconditioner": "jacobi"})
@@ -247,7 +247,7 @@ class TestMistakes:
             composed(net, solver={"name": "exact", "jiter": 1.0})
         assert str(error.value) == (
             "'exact' has no option 'jiter'. Did you mean 'jitter'? "
-            "Its options: jitter, helper, spare, gadget, label."
+            "Its options: jitter, partner, spare, gadget, label."
         )
 
     def test_an_option_of_no_name_near_any(self, net: nn.Module) -> None:

@@ -60,8 +60,10 @@ def test_scores_and_factors_follow_the_formula(name: str, structure: str) -> Non
     factors = influence.influence_factors(*test)
     assert_close(factors, g_test @ inverse, EXACT, "factors")
     by_block = influence.influence_factors_by_block(*test)
-    own = {key: part.abs().sum(0).nonzero().flatten() for key, part in parts.items()}
-    assert {key: rows.shape[1] for key, rows in by_block.items()} == {key: len(at) for key, at in own.items()}
+    names = STRUCTURES[structure][1](list(reference.trainable(instance.model)))
+    # The columns of a block are in the order in which it lists its parameters.
+    own = {key: reference.positions(instance.model, listed) for key, listed in names.items()}
+    assert_blocks_close(by_block, {key: (g_test @ parts[key])[:, at] for key, at in own.items()}, factors)
 
     for mode, other, contract in (
         ("up", g_train, reference.up_scores),
@@ -101,6 +103,23 @@ def test_pitfall_more_test_than_training_points_transpose_nothing(
         assert_close(influence.influences(*test, *train, mode=mode), total, EXACT)
     factors = influence.influence_factors(*test)
     assert_close(factors, g_test @ torch.stack(list(parts.values())).sum(0), EXACT)
+
+
+@pytest.mark.parametrize("budget", [1, 2**20])
+@pytest.mark.parametrize("sizes", [[1] * 11, [9, 1, 1], [4, 4, 3]])
+@pytest.mark.parametrize("solver", ["direct", "cg"])
+def test_pitfall_the_inverse_is_that_of_the_whole_data(solver: str, sizes: list[int], budget: int) -> None:
+    name = "linear_classifier"
+    options = {"name": "cg", "rtol": 1e-13, "atol": 0.0} if solver == "cg" else solver
+    instance = cases.make(name, sizes)
+    influence = compose(instance, solver=options, hessian_regularization=strength(name), memory_budget=budget)
+    influence.fit(instance.data)
+    test, train = cases.points(name, 3, 1), cases.points(name, 4, 2)
+    expected = reference.up_scores(
+        inverses(name, "full")["full"], gradients(instance, test), gradients(instance, train)
+    )
+    # The residual of CG is magnified by the condition number 1e3.
+    assert_close(influence.influences(*test, *train), expected, 1e-9)
 
 
 @pytest.mark.parametrize("structure", ["full", "per_layer"])
@@ -168,12 +187,13 @@ def test_other_curvatures(source: str) -> None:
 
 
 @pytest.mark.parametrize("structure", ["full", "per_layer"])
-@pytest.mark.parametrize("budget", [1, 3000, 40_000])
+@pytest.mark.parametrize("budget", [1, 6000, 8000, 40_000])
 @pytest.mark.parametrize("mode", inf.InfluenceMode)
 def test_a_small_memory_budget_gives_the_same_scores(
     mode: inf.InfluenceMode, budget: int, structure: str
 ) -> None:
-    test, train = cases.points("conv", 5, 1), cases.points("conv", 4, 2)
+    # From one point at a time over two or three, which leave a remainder, to all five.
+    test, train = cases.points("conv", 5, 1), cases.points("conv", 5, 2)
     _, plenty = fitted("conv", structure)
     _, little = fitted("conv", structure, memory_budget=budget)
     expected = plenty.influences(*test, *train, mode)

@@ -103,38 +103,40 @@ def test_nothing_is_left_on_the_model(name: str, solver: str, source: str, budge
         )
 
 
-class Failing:
-    """Cross-entropy that raises at one of its calls."""
+class Alarm(nn.Module):
+    """As a layer the identity, as a loss cross-entropy; stops everything at one of its calls."""
 
     def __init__(self, at: int) -> None:
+        super().__init__()
         self.left = at
 
-    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+    def forward(self, output: Tensor, target: Tensor | None = None) -> Tensor:
         self.left -= 1
         if self.left == 0:
             raise KeyboardInterrupt("stopped by hand")
-        return nn.functional.cross_entropy(output, target)
+        return output if target is None else nn.functional.cross_entropy(output, target)
 
 
+@pytest.mark.parametrize("where", ["loss", "model"])
 @pytest.mark.parametrize("source", ["hessian", "gauss_newton", "empirical_fisher"])
-def test_nothing_is_left_after_an_exception(source: str) -> None:
-    name, failed = "ragged_last_batch", 0
-    for at in range(1, 200, 3):
+def test_nothing_is_left_after_an_exception(source: str, where: str) -> None:
+    name, stopped = "ragged_last_batch", 0
+    for at in range(1, 100):
         instance = cases.make(name)
-        loss = Failing(at)
-        influence = inf.compose(
-            instance.model, loss, solver="direct", source=source, hessian_regularization=2.0
-        )
-        before = trace(instance.model)
+        alarm = Alarm(at)
+        model = nn.Sequential(instance.model, alarm) if where == "model" else instance.model
+        loss = alarm if where == "loss" else instance.loss
+        influence = inf.compose(model, loss, solver="direct", source=source, hessian_regularization=2.0)
+        before = trace(model)
         try:
             influence.fit(shuffling(instance))
             influence.influences(*cases.points(name, 2, 1), mode="perturbation")
         except KeyboardInterrupt:
-            failed += 1
-        assert_same(before, trace(instance.model))
-        if loss.left > 0:
+            stopped += 1
+        assert_same(before, trace(model))
+        if alarm.left > 0:
             break
-    assert failed > 3
+    assert stopped > 5
 
 
 def test_pitfall_a_shuffling_loader_gives_the_same_scores() -> None:
@@ -145,6 +147,23 @@ def test_pitfall_a_shuffling_loader_gives_the_same_scores() -> None:
         scores = other.fit(shuffling(instance)).influences(*test)
         torch.testing.assert_close(scores, expected.influences(*test), rtol=1e-10, atol=1e-12)
         assert torch.equal(other.influences(*test), scores)
+
+
+@pytest.mark.parametrize("budget", [1, 2**20])
+def test_inputs_that_require_gradients_are_taken_out_of_their_graph(budget: int) -> None:
+    test = cases.points("conv", 3, 1)
+    _, expected = fitted("conv", hessian_regularization=0.1)
+    instance = cases.make("conv")
+    data = [(x.requires_grad_(), y) for x, y in instance.data]
+    influence = compose(instance, hessian_regularization=0.1, memory_budget=budget).fit(data)
+    x = test[0].clone().requires_grad_()
+    for mode in inf.InfluenceMode:
+        scores = influence.influences(x, test[1], mode=mode)
+        assert not scores.requires_grad
+        torch.testing.assert_close(scores, expected.influences(*test, mode=mode), rtol=1e-10, atol=1e-12)
+    assert not influence.influence_factors(x, test[1]).requires_grad
+    assert x.grad is None
+    assert all(part.requires_grad and part.grad is None for part, _ in data)
 
 
 @pytest.mark.parametrize("change", ["step", "buffer", "load", "data"])
@@ -225,6 +244,7 @@ def test_every_fitted_tensor_is_moved(solver: str, blocks: str) -> None:
         fit: Any = influence._fit
         devices = [fit.problem.parameters.device] + [block.operator.device for block in fit.blocks.values()]
         assert {device.type for device in devices} == {"meta"}
+        assert fit.problem.state.torch.device.type == "cpu"
         assert {p.device.type for p in influence.model.parameters()} == {"meta"}
         # The data is shared by all blocks and stays shared.
         assert len({id(block.operator.problem) for block in fit.blocks.values()} | {id(fit.problem)}) == 1

@@ -13,7 +13,7 @@ import influence_framework as inf
 from influence_framework.inverses import Inverse, make_solution
 from influence_framework.operators import to_dense
 from influence_framework.protocols import StopReason
-from tests import cases
+from tests import cases, reference
 from tests.fits import compose, fitted
 from tests.reference import assert_close
 
@@ -109,6 +109,30 @@ def test_moving_an_input_changes_the_test_loss_as_predicted() -> None:
         # Central differences: an error of order step² and of rounding over step.
         change = (losses[0] - losses[1]) / (2 * step)
         assert_close(-scores[:, j, feature] / len(x), change, 1e-6)
+
+
+@pytest.mark.parametrize("source", ["hessian", "gauss_newton"])
+def test_pitfall_an_indefinite_hessian_is_reported(source: str) -> None:
+    lowest = torch.linalg.eigvalsh(cases.dense("mse", "hessian"))[0].item()
+    options = {"source": source, "hessian_regularization": -0.1 * lowest}
+    instance, test = cases.make("mse"), cases.points("mse", 3, 1)
+    direct, iterative = compose(instance, **options), compose(instance, solver="cg", **options)
+    if source == "gauss_newton":  # the remedy that both messages name: no warning
+        assert_close(
+            iterative.fit(instance.data).influences(*test), direct.fit(instance.data).influences(*test), 1e-4
+        )
+        return
+    with pytest.warns(inf.IndefiniteOperatorWarning, match=r"not positive definite .*-\d.*'gauss_newton'"):
+        direct.fit(instance.data)
+    inverse = torch.linalg.inv(
+        cases.dense("mse", "hessian") - 0.1 * lowest * torch.eye(26, dtype=torch.float64)
+    )
+    g = reference.gradients(instance.model, instance.loss, [test])
+    assert_close(direct.influences(*test), g @ inverse @ g.T, 1e-9)
+    with pytest.warns(
+        inf.ConvergenceWarning, match=r"right-hand sides were not solved.*non-positive curvature"
+    ):
+        iterative.fit(instance.data).influences(*test)
 
 
 @dataclass

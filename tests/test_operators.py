@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import pytest
 import scipy.sparse
@@ -241,6 +242,13 @@ def test_a_wrong_argument_is_explained(what: str) -> None:
 def test_a_wrong_operator_is_explained(make: Callable[[], object], message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         make()
+
+
+def test_shapes_are_checked_while_testing() -> None:
+    with pytest.raises(jaxtyping.TypeCheckError, match="P P"):
+        DenseOperator(torch.ones(2, 3))
+    with pytest.raises(jaxtyping.TypeCheckError, match=r"P \*k"):
+        DenseOperator(symmetric(3)) @ torch.ones(3, dtype=torch.int64)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -123,6 +123,20 @@ def test_pitfall_gauss_newton_is_not_the_empirical_fisher(name: str) -> None:
     assert_close(fisher, cases.dense(name, "empirical_fisher"), EXACT)
 
 
+def test_pitfall_gauss_newton_is_divided_by_samples_and_not_by_rows() -> None:
+    x, y = (torch.cat(parts) for parts in zip(*cases.make("linear_model").data, strict=True))
+    operator = cases.operator("gauss_newton", cases.problem(cases.make("linear_model")))
+    extended = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], dim=1)
+    # The mean squared error averages over the outputs: each has 2/2 of the second moment of its inputs.
+    second_moment = extended.T @ extended / len(x) * (2 / y.shape[1])
+    outputs, inputs = y.shape[1], x.shape[1]
+    expected = torch.kron(torch.eye(outputs, dtype=x.dtype), second_moment)
+    # From rows of [weight, bias] to all weights followed by all biases.
+    order = torch.arange(len(expected)).view(outputs, inputs + 1)
+    flat = torch.cat([order[:, :inputs].reshape(-1), order[:, inputs]])
+    assert_close(cases.by_columns(operator), expected[flat][:, flat], EXACT)
+
+
 def test_pitfall_hessian_of_a_net_is_indefinite_and_gauss_newton_is_not() -> None:
     problem = cases.problem(cases.make("mse"))
     lowest, *_, largest = torch.linalg.eigvalsh(to_dense(cases.operator("hessian", problem)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, TensorDataset
 
-from influence_framework import Diagonal, LinearOperator, Minibatches
+from influence_framework import Diagonal, LinearOperator, Minibatches, Problem
 from influence_framework.data import map_leaves
 from influence_framework.sources import streaming
 from tests import cases, nets, reference
@@ -56,27 +57,38 @@ def passes(model: Counting, operator: LinearOperator, columns: Tensor) -> int:
     return model.calls - before
 
 
+def at_most_samples(count: int, instance: Instance) -> Problem:
+    """The problem with a memory budget that holds the derivatives of ``count`` samples."""
+    budget = cases.problem(instance).sample_bytes * 8 * count
+    problem = cases.problem(instance, memory_budget=budget)
+    assert problem.max_batch == count
+    return problem
+
+
 @given(sizes=st.lists(st.integers(1, 4), min_size=1, max_size=4))
 @settings(max_examples=8)
 @pytest.mark.parametrize("name", CURVATURES)
 def test_pitfall_ragged_batches_are_weighted_by_their_samples(name: str, sizes: list[int]) -> None:
     instance = cases.make("tied_weights", sizes)
     expected = CURVATURES[name](instance.model, instance.loss, instance.data)
-    # Neighbouring batches held in memory are joined; streamed ones are not.
-    for budget in (2**20, TINY):
-        operator = cases.operator(name, cases.problem(instance, memory_budget=budget))
-        assert_close(cases.by_columns(operator), expected, EXACT, f"memory_budget={budget}")
+    held = cases.problem(instance)
+    # As they are, which is how they are streamed; joined, which is how they are held; and cut.
+    streamed = replace(held, data=instance.data, cached=False)
+    assert [size for _, size in streamed.batches()] == sizes
+    for problem in (streamed, held, cases.problem(instance, memory_budget=TINY)):
+        assert_close(cases.by_columns(cases.operator(name, problem)), expected, EXACT)
 
 
 @pytest.mark.parametrize("name", ["mapping_inputs", "conv", "sum"])
 def test_batch_size_does_not_matter(name: str, source: str) -> None:
     expected = cases.by_columns(cases.operator(source, cases.problem(cases.make(name, [12]))))
     for sizes in ([1] * 12, [5, 5, 2], [11, 1], [4, 4, 4]):
-        for budget in (2**20, TINY):
+        for at_most in (1, 5, 12):
             instance = cases.make(name, sizes)
-            operator = cases.operator(source, cases.problem(instance, memory_budget=budget))
+            problem = at_most_samples(at_most, instance)
             # Rounding only: the sums are the same in another order.
-            assert_close(cases.by_columns(operator), expected, 1e-13, f"{sizes}, memory_budget={budget}")
+            result = cases.by_columns(cases.operator(source, problem))
+            assert_close(result, expected, 1e-13, f"{sizes} in batches of at most {at_most}")
 
 
 @pytest.mark.parametrize("name", ["tuple_inputs", "mapping_inputs", "embedding", "conv"])

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence_framework.data import Batch
-from influence_framework.gradients import sample_chunks, sample_gradients
+from influence_framework.gradients import gradients_of, sample_chunks, sample_gradients
 from influence_framework.layers import LayerCurvature, Tape
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
@@ -31,7 +31,7 @@ class FisherLinearization(SandwichLinearization):
 def fisher_at_layers(problem: Problem, tape: Tape, batch: Batch) -> LayerCurvature:
     """``g_k g_lᵀ`` of every sample, with ``g_k`` its loss gradient at layer ``k``'s output."""
     total = problem.objective.sample_losses(tape.outputs, batch).sum()
-    gradients = torch.autograd.grad(total, tape.shifts, materialize_grads=True)
+    gradients = gradients_of(total, tape.shifts, keep_graph=False)
     one = gradients[0].new_ones(gradients[0].shape[0], 1, 1)
     return sandwich_at_layers(tape, [gradient[:, None, :] for gradient in gradients], one)
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence_framework.data import Batch
-from influence_framework.gradients import pull_back, sample_chunks, sample_jacobians
+from influence_framework.gradients import gradients_of, pull_back, sample_chunks, sample_jacobians
 from influence_framework.layers import LayerCurvature, Tape, jacobians
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
@@ -33,9 +33,7 @@ class SandwichLinearization(Linearization):
     def _record(self, outputs: Tensor) -> None:
         self.outputs = outputs
         self.cotangent = torch.zeros_like(outputs, requires_grad=True)
-        self.transposed = list(
-            torch.autograd.grad(outputs, self.leaves, self.cotangent, create_graph=True, materialize_grads=True)
-        )
+        self.transposed = gradients_of(outputs, self.leaves, self.cotangent)
 
     @abstractmethod
     def _middle(self, tangents: Tensor) -> Tensor | None:
@@ -60,9 +58,7 @@ class GaussNewtonLinearization(SandwichLinearization):
         self._record(problem.outputs(leaves, batch))
         self.output_leaf = self.outputs.detach().requires_grad_()
         loss = problem.objective.mean_loss(self.output_leaf, batch)
-        (self.output_gradient,) = torch.autograd.grad(
-            loss, self.output_leaf, create_graph=True, materialize_grads=True
-        )
+        (self.output_gradient,) = gradients_of(loss, [self.output_leaf])
 
     def _middle(self, tangents: Tensor) -> Tensor | None:
         return pull_back([self.output_gradient], [self.output_leaf], [tangents])[0]
@@ -72,7 +68,7 @@ def gauss_newton_at_layers(problem: Problem, tape: Tape, batch: Batch) -> LayerC
     """``J_kᵀ H J_l`` of every sample, with ``J_k`` the Jacobian of its output at layer ``k``'s output."""
     leaf = tape.outputs.detach().requires_grad_()
     total = problem.objective.sample_losses(leaf, batch).sum()
-    (gradient,) = torch.autograd.grad(total, leaf, create_graph=True, materialize_grads=True)
+    (gradient,) = gradients_of(total, [leaf])
     (curvature,) = jacobians(gradient, [leaf])
     if curvature is None:
         curvature = leaf.new_zeros(*leaf.shape, leaf.shape[1])

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from influence_framework.data import Batch
-from influence_framework.gradients import pull_back
+from influence_framework.gradients import gradients_of, pull_back
 from influence_framework.layers import LayerCurvature, Tape, jacobians
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
@@ -27,8 +26,7 @@ class HessianLinearization(Linearization):
 
     def _build(self, problem: Problem, leaves: dict[str, Tensor], batch: Batch) -> None:
         loss = problem.mean_loss(leaves, batch)
-        gradients = torch.autograd.grad(loss, self.leaves, create_graph=True, materialize_grads=True)
-        self.gradients = list(gradients)
+        self.gradients = gradients_of(loss, self.leaves)
 
     def apply(self, rows: Float[Tensor, "k P"]) -> Float[Tensor, "k P"]:
         products = pull_back(self.gradients, self.leaves, self.parameters.unflatten_rows(rows))
@@ -39,7 +37,7 @@ def hessian_at_layers(problem: Problem, tape: Tape, batch: Batch) -> LayerCurvat
     """Second derivatives of the samples' losses with respect to the outputs of the layers."""
     shifts, inputs = tape.shifts, [use.inputs for use in tape.uses]
     total = problem.objective.sample_losses(tape.outputs, batch).sum()
-    gradients = torch.autograd.grad(total, shifts, create_graph=True, materialize_grads=True)
+    gradients = gradients_of(total, shifts)
     blocks, flow = {}, {}
     for k, gradient in enumerate(gradients):
         # By symmetry the derivatives of g_k alone give all pairs (k, l) with l from k on.
