@@ -288,6 +288,11 @@ def check_model(model: nn.Module) -> None:
                 f"The {where} is a TorchScript module: its parameters cannot be replaced and it has no "
                 "second derivatives under torch.func. Pass the original nn.Module."
             )
+        if hasattr(module, "_orig_mod") and type(module).__name__ == "OptimizedModule":
+            raise InvalidInputError(
+                "A module made by torch.compile has no second derivatives: pass the module that was compiled, "
+                "which is its attribute _orig_mod."
+            )
     stochastic = [
         f"{name or 'model'} ({type(module).__name__})"
         for name, module in model.named_modules()

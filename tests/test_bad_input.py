@@ -149,8 +149,15 @@ class Functional(nn.Module):
 def scripted(module: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit is on its way out
-        compiled: nn.Module = torch.jit.script(module)
-    return compiled
+        script: nn.Module = torch.jit.script(module)
+    return script
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # whatever the compiler's own imports have to say
+        optimized: nn.Module = torch.compile(module)
+    return optimized
 
 
 def without_gradients() -> nn.Module:
@@ -219,6 +226,7 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: scripted(net()),
         "The model is a TorchScript module: .* Pass the original nn.Module",
     ),
+    "compiled": (lambda: compiled(net()), "made by torch.compile .*pass the module that was compiled"),
     "TorchScript inside": (
         lambda: nn.Sequential(scripted(nn.Linear(3, 2).double())),
         "The submodule '0' is a TorchScript module",

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from influence_framework.protocols import StopReason
-from influence_framework_cg.recurrence import REPLACE_EVERY, Rows, Systems, row_norms
+from influence_framework_cg.recurrence import REPLACE_EVERY, Rows, Systems, conjugate_gradients, row_norms
 
 
 def block_conjugate_gradients(systems: Systems, active: Int[Tensor, " m"]) -> None:
@@ -43,19 +43,25 @@ def _until_half_are_done(systems: Systems, block: Int[Tensor, " m"]) -> Int[Tens
             systems.end(block[live], StopReason.NOT_FINITE)
             return block[:0]
         if failed.item():
-            systems.end(block[live], StopReason.NEGATIVE_CURVATURE)
+            # Some direction of the shared space has non-positive curvature: each system by itself tells
+            # whose it is, and the others are solved.
+            systems.residual[block] = residual
+            conjugate_gradients(systems, block[live])
             return block[:0]
         steps = _solve(factor, directions @ residual.T).T
         systems.value.index_add_(0, block, steps @ directions)
         residual = torch.addmm(residual, steps, product, alpha=-1.0)
+        afresh = False
         if systems.passes % REPLACE_EVERY == 0:
-            residual, gains = systems.replace(block, residual, live)
-            live &= gains
+            residual, drifted, gains = systems.replace(block, residual, live)
+            afresh, live = bool(drifted.any()), live & gains
         live[live.clone()] = systems.settle(block[live], row_norms(residual[live]))
         systems.notify(systems.passes, int(live.sum()))
         preconditioned = systems.precondition(residual)
-        conjugate = _solve(factor, product @ preconditioned.T).T
-        directions = orthonormal_rows(torch.addmm(preconditioned, conjugate, directions, alpha=-1.0))
+        if not afresh:
+            conjugate = _solve(factor, product @ preconditioned.T).T
+            preconditioned = torch.addmm(preconditioned, conjugate, directions, alpha=-1.0)
+        directions = orthonormal_rows(preconditioned)
     systems.residual[block] = residual
     return block[live]
 

@@ -37,6 +37,8 @@ class Systems:
         limit: Iteration limit.
         notify: Progress.
         passes: Iterations made, whatever the system.
+        best: Of each system, the iterate of the least true residual that was measured.
+        least: Norms of those residuals.
     """
 
     apply: Apply
@@ -53,6 +55,8 @@ class Systems:
 
     def __post_init__(self) -> None:
         self._checkpoint = row_norms(self.residual)
+        self.best = self.value.clone()
+        self.least = self._checkpoint.clone()
 
     def end(self, which: Int[Tensor, " m"], reason: StopReason) -> None:
         """Stop working on these systems."""
@@ -69,24 +73,34 @@ class Systems:
         self.end(active[spent & ~reached & ~broken], StopReason.ITERATION_LIMIT)
         return ~(broken | reached | spent)
 
+    def keep_best(self, active: Int[Tensor, " m"], norms: Float[Tensor, " m"]) -> None:
+        """Note the iterates whose true residual, of these ``norms``, is the least so far."""
+        better = norms < self.least[active]
+        self.best[active[better]] = self.value[active[better]]
+        self.least[active[better]] = norms[better]
+
     def replace(
         self, active: Int[Tensor, " m"], recursive: Rows, live: Bool[Tensor, " m"]
-    ) -> tuple[Rows, Bool[Tensor, " m"]]:
-        """True residuals, and the mask of systems on which further work can still gain something.
+    ) -> tuple[Rows, Bool[Tensor, " m"], Bool[Tensor, " m"]]:
+        """Compare recursive with true residuals; the residuals to go on with, and two masks.
 
-        Only ``live`` systems are ended.
-
-        Where the true residual is mostly the error of the recursion and has not halved since the last
-        replacement, the attainable accuracy is reached: van der Vorst and Ye (2000), "Residual
-        Replacement Strategies for Krylov Subspace Iterative Methods", §3.
+        Where the recursion has drifted, the true residual takes over and the search must start afresh
+        from it (first mask): the old direction belongs to the old residual, and mixing the two diverges.
+        Where the true residual is mostly drift and has not halved since the last comparison, the
+        attainable accuracy is reached, and ``live`` systems are ended (second mask: those to go on).
+        After van der Vorst and Ye (2000), "Residual Replacement Strategies for Krylov Subspace
+        Iterative Methods", §3, whose bound on the drift is measured here instead.
         """
         true = self.rhs[active] - self.apply(self.value[active])
         norms = row_norms(true)
-        lost = (row_norms(true - recursive) > 0.5 * norms) & (norms > 0.5 * self._checkpoint[active])
+        drift = row_norms(true - recursive)
+        self.keep_best(active, norms)
+        lost = (drift > 0.5 * norms) & (norms > 0.5 * self._checkpoint[active])
         lost &= live & (norms > self.tolerance[active])
         self._checkpoint[active] = norms
         self.end(active[lost], StopReason.STAGNATED)
-        return true, ~lost
+        drifted = drift > 0.1 * norms
+        return torch.where(drifted[:, None], true, recursive), drifted, ~lost
 
 
 def row_norms(rows: Rows) -> Float[Tensor, " k"]:
@@ -132,18 +146,21 @@ def conjugate_gradients(systems: Systems, active: Int[Tensor, " m"]) -> None:
         systems.value.index_add_(0, active, step * direction)
         residual = residual - step * product
         keep = torch.ones(len(active), dtype=torch.bool, device=active.device)
+        afresh = ~keep
         if systems.passes % REPLACE_EVERY == 0:
-            residual, keep = systems.replace(active, residual, keep)
+            residual, afresh, keep = systems.replace(active, residual, keep)
         norms = row_norms(residual)
         keep[keep.clone()] = systems.settle(active[keep], norms[keep])
         systems.notify(systems.passes, int(keep.sum()))
         if not keep.all():
-            active, residual, direction, rho = active[keep], residual[keep], direction[keep], rho[keep]
+            active, residual, direction = active[keep], residual[keep], direction[keep]
+            rho, afresh = rho[keep], afresh[keep]
         if not len(active):
             break
         preconditioned = systems.precondition(residual)
         latest = _checked_rho(inner(residual, preconditioned))
-        direction = preconditioned + (latest / rho)[:, None] * direction
+        beta = torch.where(afresh, 0.0, latest / rho)
+        direction = preconditioned + beta[:, None] * direction
         rho = latest
 
 

@@ -148,8 +148,8 @@ class CgInverse(Inverse):
             total=len(rhs), desc="Conjugate gradients", unit="system", disable=not self.solver.progress
         ) as progress:
             systems = self._systems(rhs, norms, _notifier(progress))
-            true = self._run(systems, norms)
-        relative = torch.where(norms == 0, 0.0, row_norms(true).double() / norms.double())
+            remaining = self._run(systems, norms)
+        relative = torch.where(norms == 0, 0.0, remaining.double() / norms.double())
         reasons = [reason or StopReason.CONVERGED for reason in systems.reason]
         return make_solution(systems.value.T, relative, reasons, systems.iterations.tolist())
 
@@ -170,16 +170,16 @@ class CgInverse(Inverse):
             notify=notify,
         )
 
-    def _run(self, systems: Systems, norms: Float[Tensor, " k"]) -> Rows:
-        """Run the recurrence until every claim it makes is true; the true residuals."""
+    def _run(self, systems: Systems, norms: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+        """Run the recurrence until every claim it makes is true; the norms of the true residuals."""
         method = block_conjugate_gradients if self.solver.block else conjugate_gradients
         active = torch.nonzero(norms).flatten()
-        true = systems.residual
-        previous = row_norms(true)
+        previous = row_norms(systems.residual)
         while len(active):
             method(systems, active)
-            true[active] = systems.rhs[active] - self._apply(systems.value[active])
-            latest = row_norms(true)
+            systems.residual[active] = systems.rhs[active] - self._apply(systems.value[active])
+            latest = row_norms(systems.residual)
+            systems.keep_best(active, latest[active])
             again = self._claimed_in_error(systems, active, latest)
             stuck = latest[again] > 0.5 * previous[again]
             systems.end(again[stuck], StopReason.STAGNATED)
@@ -187,7 +187,9 @@ class CgInverse(Inverse):
             active = again[~stuck]
             for system in active.tolist():
                 systems.reason[system] = None
-        return true
+        # A system that failed gets the best that was seen, never something worse than the guess.
+        systems.value.copy_(systems.best)
+        return systems.least
 
     @staticmethod
     def _claimed_in_error(
