@@ -121,32 +121,43 @@ def check_reiterable(data: Any) -> None:
 
 @dataclass(frozen=True, eq=False)
 class RandomState:
-    """Python's, NumPy's and torch's global random states on the host."""
+    """The host's global random states, and those of a loader's own generators."""
 
-    python: Any
-    numpy: Any
-    torch: Tensor
+    of_python: Any
+    of_numpy: Any
+    of_torch: Tensor
+    own: tuple[tuple[torch.Generator, Tensor], ...]
 
     def to(self, device: Any) -> RandomState:
         """Itself: these states belong to the host, whatever device the model is on."""
         return self
 
 
-def random_state() -> RandomState:
-    """The present global random states."""
-    return RandomState(random.getstate(), np.random.get_state(), torch.get_rng_state())
+def random_state(data: Any = None) -> RandomState:
+    """The present global random states, and those of the generators that ``data`` was given."""
+    own = tuple((generator, generator.get_state()) for generator in _generators(data))
+    return RandomState(random.getstate(), np.random.get_state(), torch.get_rng_state(), own)
+
+
+def _generators(data: Any) -> list[torch.Generator]:
+    holders = [data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None)]
+    holders.append(getattr(holders[-1], "sampler", None))
+    found = [getattr(holder, "generator", None) for holder in holders]
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
 
 def _set_random_state(state: RandomState) -> None:
-    random.setstate(state.python)
-    np.random.set_state(state.numpy)
-    torch.set_rng_state(state.torch)
+    random.setstate(state.of_python)
+    np.random.set_state(state.of_numpy)
+    torch.set_rng_state(state.of_torch)
+    for generator, own in state.own:
+        generator.set_state(own)
 
 
 @contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Restore the global random states on leaving, those of the accelerators in use included."""
-    state = random_state()
+def random_state_kept(data: Any = None) -> Iterator[None]:
+    """Restore the random states on leaving, those of the accelerators in use included."""
+    state = random_state(data)
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         try:
@@ -156,22 +167,22 @@ def random_state_kept() -> Iterator[None]:
 
 
 def one_pass(data: Iterable[Batch], state: RandomState) -> Iterator[Batch]:
-    """One pass over ``data`` that starts from the random ``state`` and leaves the global one alone.
+    """One pass over ``data`` that starts from the random ``state`` and leaves the present one alone.
 
-    A loader draws from the global states when it shuffles, augments or merely starts an iteration.
-    Started from the same state, every pass sees the same samples in the same order; and the caller's
-    own stream of random numbers is untouched, also between two batches.
+    A loader draws from the global states, or from a generator of its own, when it shuffles, augments or
+    merely starts an iteration. Started from the same state, every pass sees the same samples in the same
+    order; and the caller's stream of random numbers is untouched, also between two batches.
     """
-    with random_state_kept():
+    with random_state_kept(data):
         _set_random_state(state)
         iterator = iter(data)
-        state = random_state()
+        state = random_state(data)
     while True:
-        with random_state_kept():
+        with random_state_kept(data):
             _set_random_state(state)
             try:
                 batch = next(iterator)
             except StopIteration:
                 return
-            state = random_state()
+            state = random_state(data)
         yield batch

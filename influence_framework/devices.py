@@ -18,7 +18,8 @@ def to_device(thing: Any, device: torch.device) -> Any:
     by it; dataclasses, mappings, lists and tuples part by part; everything else is kept as it is. What is
     shared within ``thing`` is moved once and shared in the result.
     """
-    return _moved(thing, device, {})
+    # Of tensors on "cuda" the device is "cuda:0", and the two are not equal.
+    return _moved(thing, torch.empty(0, device=device).device, {})
 
 
 def _moved(thing: Any, device: torch.device, seen: dict[int, Any]) -> Any:

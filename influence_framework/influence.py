@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from influence_framework.data import Batch, detached, random_state_kept
+from influence_framework.data import Batch, detached, random_state_kept, split
 from influence_framework.devices import to_device
 from influence_framework.errors import InvalidInputError, NonFiniteError, NotFittedError, did_you_mean
 from influence_framework.gradients import (
@@ -28,6 +28,7 @@ from influence_framework.problem import (
     DEFAULT_MEMORY_BUDGET,
     Problem,
     check_differentiable,
+    check_leaves,
     check_model,
     check_unchanged,
     model_state,
@@ -41,7 +42,7 @@ from influence_framework.protocols import (
     Solver,
 )
 
-SOLVE_COPIES = 6
+SOLVE_COPIES = 12
 """Vectors of the length of a right-hand side that an iterative solver holds for each of them."""
 
 
@@ -340,7 +341,9 @@ class TorchInfluenceFunctionModel:
         problem = self._fitted().problem
         check_model(problem.model)
         check_unchanged(problem.model, self._fitted().state)
-        problem.validated(batch, what)
+        check_leaves(batch, problem.parameters, what)
+        for piece in split(batch, problem.objective.size(batch), problem.max_batch):
+            problem.validated(piece, what)
         return detached(batch)
 
     def _size(self, batch: Batch) -> int:

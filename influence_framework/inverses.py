@@ -63,7 +63,9 @@ class Inverse(Operator):
         """
         check_columns(self, columns)
         if columns.numel() == 0:
-            return make_solution(columns.clone(), torch.zeros(columns.shape[1], dtype=torch.float64), [])
+            return make_solution(
+                columns.clone(), torch.zeros(columns.shape[1], dtype=torch.float64, device="cpu"), []
+            )
         solution = self._solve(columns[:, None] if columns.ndim == 1 else columns)
         message = describe_failures(solution, self.quiet)
         if message:
@@ -81,8 +83,8 @@ def make_solution(
     succeeded = (StopReason.CONVERGED, StopReason.APPROXIMATION)
     return Solution(
         value=value,
-        converged=torch.tensor([r in succeeded for r in reason], dtype=torch.bool),
-        iterations=torch.tensor(iterations or [0] * len(reason), dtype=torch.int64),
+        converged=torch.tensor([r in succeeded for r in reason], dtype=torch.bool, device="cpu"),
+        iterations=torch.tensor(iterations or [0] * len(reason), dtype=torch.int64, device="cpu"),
         residual=residual.detach().to("cpu", torch.float64),
         reason=tuple(reason),
     )

@@ -53,9 +53,10 @@ class SupervisedObjective:
 
     ``x`` may be a tensor, a tuple (passed as positional arguments) or a mapping (as keyword arguments).
     Each sample's loss is ``loss(output[i:i+1], y[i:i+1])``. The loss of a batch must be the mean of
-    these or their sum; which of the two is found out from the data, and a sum is divided by the number
-    of samples. A loss that is neither (class weights with ``reduction="mean"``, say) raises: its value
-    would depend on how the data is cut into batches.
+    these or their sum; which of the two is found out from the data. A sum is divided by the number of
+    samples, and that of a loss of torch by the number of terms that its mean would be over, so that the
+    two give the same result. A loss that is neither (class weights with ``reduction="mean"``, say) raises:
+    its value would depend on how the data is cut into batches.
 
     Attributes:
         loss: Takes output and target, returns a scalar.
@@ -72,6 +73,10 @@ class SupervisedObjective:
         if not callable(self.loss):
             raise InvalidInputError(
                 f"The loss must be callable as loss(output, target), got {type(self.loss).__name__}."
+            )
+        if isinstance(self.loss, type):
+            raise InvalidInputError(
+                f"Got the class {self.loss.__name__} as loss: pass an instance, {self.loss.__name__}()."
             )
         if getattr(self.loss, "reduction", None) == "none":
             raise InvalidInputError(
@@ -110,11 +115,27 @@ class SupervisedObjective:
         return outputs
 
     def mean_loss(self, outputs: Tensor, batch: Batch) -> Float[Tensor, ""]:
-        value = self.loss(outputs, _pair(batch)[1])
-        return value / outputs.shape[0] if self.reduction == "sum" else value
+        target = _pair(batch)[1]
+        value = self.loss(outputs, target)
+        if self.reduction != "sum":
+            return value
+        return value / (outputs.shape[0] * self._terms(outputs, target))
 
     def sample_losses(self, outputs: Tensor, batch: Batch) -> Float[Tensor, " n"]:
         target = _pair(batch)[1]
+        terms = self._terms(outputs, target) if self.reduction == "sum" else 1
+        return self._alone(outputs, target) / terms
+
+    def _terms(self, outputs: Tensor, target: Tensor) -> int:
+        """How many terms of one sample the loss averages over where it averages."""
+        if isinstance(self.loss, (*ELEMENTWISE_LOSSES, nn.BCELoss, nn.BCEWithLogitsLoss)):
+            return outputs[0].numel()
+        if isinstance(self.loss, nn.CrossEntropyLoss | nn.NLLLoss) and not target.is_floating_point():
+            return target[0].numel()
+        return 1
+
+    def _alone(self, outputs: Tensor, target: Tensor) -> Float[Tensor, " n"]:
+        """``loss`` of each sample by itself."""
 
         def one(output: Tensor, label: Tensor) -> Tensor:
             return self.loss(output[None], label[None])
@@ -137,17 +158,38 @@ class SupervisedObjective:
             )
         if isinstance(self.loss, ELEMENTWISE_LOSSES) and target.shape != outputs.shape:
             raise InvalidInputError(self._broadcast_message(outputs, target))
+        whole = self._probe(outputs.detach(), target)
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of the broadcast that is checked for here
-            whole = self.loss(outputs, target)
-            self._check_scalar(whole)
+            warnings.simplefilter("ignore")
             self._check_scalar(self.loss(outputs[:1], target[:1]))
             try:
-                objective, each = self, self.sample_losses(outputs, batch)
+                objective, each = self, self._alone(outputs, target)
             except RuntimeError:  # control flow on values, .item(): not for vmap
                 objective = replace(self, vectorize=False)
-                each = objective.sample_losses(outputs, batch)
+                each = objective._alone(outputs, target)
         return objective._recognise(whole, each, outputs, target)
+
+    def _probe(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """The loss of a batch, with an error for what it must not do."""
+        with torch.enable_grad(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                value = self.loss(outputs, target)
+            except (RuntimeError, ValueError, IndexError) as error:
+                raise InvalidInputError(
+                    f"The loss failed on outputs of shape {tuple(outputs.shape)} and targets of shape "
+                    f"{tuple(target.shape)}: {error}"
+                ) from error
+        if any("target size" in str(warning.message) for warning in caught):
+            raise InvalidInputError(self._broadcast_message(outputs, target))
+        self._check_scalar(value)
+        if value.requires_grad:
+            raise InvalidInputError(
+                "The loss depends on trainable parameters other than through the model's output (a weight "
+                "penalty, say), which its derivatives would miss: leave the penalty out, and add twice its "
+                "factor to hessian_regularization; or move the parameters into the model."
+            )
+        return value.detach()
 
     def settled(self) -> Self:
         """With the reduction decided even where the data left it open (one sample a batch)."""

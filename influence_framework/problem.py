@@ -19,6 +19,7 @@ from influence_framework.data import (
     detached,
     join,
     leaves,
+    map_leaves,
     nbytes,
     one_pass,
     random_state,
@@ -90,7 +91,7 @@ class Problem:
         parameters = ParameterSpace.of(model)
         check_reiterable(data)
         objective = loss if isinstance(loss, Objective) else SupervisedObjective(loss)
-        problem = cls(model, objective, parameters, data, False, 0, 0, 1, memory_budget, random_state())
+        problem = cls(model, objective, parameters, data, False, 0, 0, 1, memory_budget, random_state(data))
         return problem._read()
 
     def _read(self) -> Self:
@@ -109,7 +110,8 @@ class Problem:
             if held > self.memory_budget:
                 kept = None
             if kept is not None:
-                kept.append(batch)
+                # A copy: the caller may write to these tensors later, or fill one buffer again and again.
+                kept.append(map_leaves(torch.clone, batch))
         if not sizes:
             raise InvalidInputError(
                 "The training data is empty: the loader yielded no batch. Is the dataset empty, or "
@@ -193,7 +195,7 @@ class Problem:
 
         parameters = self.parameters.leaves(self.model)
         try:
-            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
                 self.mean_loss(parameters, batch)
         except RuntimeError:  # torch.func inside the model does not allow these hooks
             return 32 * nbytes(batch)
@@ -238,19 +240,24 @@ class Problem:
             pieces = [
                 take(batch, index)
                 for batch, size in self.batches()
-                for index in torch.randperm(size, generator=generator).split(self.batch_size)
+                for index in torch.randperm(size, generator=generator, device=generator.device).split(
+                    self.batch_size
+                )
             ]
-            for position in torch.randperm(len(pieces), generator=generator):
+            for position in torch.randperm(len(pieces), generator=generator, device=generator.device):
                 yield pieces[position], self.objective.size(pieces[position])
 
     def forward(self, parameters: Mapping[str, Tensor]) -> Callable[..., Any]:
         """The model as a function of its inputs, with these parameters in place of its own."""
         merged = {name: p.detach() for name, p in self.model.named_parameters()} | dict(parameters)
-        buffers = dict(self.model.named_buffers())
+        # Copies, for the modules that write to their buffers.
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
+        cudnn = torch.backends.cudnn.enabled and not recurrent
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            # The fused attention kernels have no second derivative.
-            with sdpa_kernel(SDPBackend.MATH):
+            # Neither the fused attention kernels nor cuDNN's recurrent ones have a second derivative.
+            with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=cudnn):
                 return functional_call(self.model, {**buffers, **merged}, args, kwargs)
 
         return call
@@ -343,6 +350,8 @@ def _random_or_batch_dependent(module: nn.Module) -> bool:
         return module.p > 0
     if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
         return module.dropout > 0
+    if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
+        return True
     return isinstance(module, nn.modules.batchnorm._BatchNorm | nn.RReLU)
 
 

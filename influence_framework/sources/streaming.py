@@ -138,8 +138,8 @@ class StreamingOperator(Operator):
         return dense
 
     def _confirmed(self, dense: Float[Tensor, "P P"]) -> bool:
-        generator = torch.Generator().manual_seed(0)
-        probe = torch.randn(self.shape[0], generator=generator, dtype=torch.float64)
+        generator = torch.Generator("cpu").manual_seed(0)
+        probe = torch.randn(self.shape[0], generator=generator, dtype=torch.float64, device="cpu")
         probe = probe.to(self.device, self.dtype)
         expected = self @ probe
         error = torch.linalg.vector_norm(dense @ probe - expected)

@@ -60,13 +60,13 @@ class JacobiSolver:
     def _estimate(self, operator: LinearOperator) -> tuple[Float[Tensor, " P"], Float[Tensor, " P"]]:
         """Mean of ``z ∘ C z`` over the probes, and its standard error."""
         size = operator.shape[0]
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator("cpu").manual_seed(self.seed)
         total = torch.zeros(size, dtype=operator.dtype, device=operator.device)
         squares = torch.zeros_like(total)
         left = self.probes
         while left:
             count = min(left, PROBES_A_PRODUCT)
-            signs = torch.randint(0, 2, (size, count), generator=generator).mul_(2).sub_(1)
+            signs = torch.randint(0, 2, (size, count), generator=generator, device="cpu").mul_(2).sub_(1)
             probes = signs.to(operator.device, operator.dtype)
             samples = probes * (operator @ probes)
             total += samples.sum(1)
@@ -96,7 +96,7 @@ class JacobiInverse(Inverse):
 
     def _solve(self, columns: Float[Tensor, "P k"]) -> Solution:
         count = columns.shape[1]
-        unmeasured = torch.full((count,), float("nan"), dtype=torch.float64)
+        unmeasured = torch.full((count,), float("nan"), dtype=torch.float64, device="cpu")
         return make_solution(self._matmat(columns), unmeasured, [StopReason.APPROXIMATION] * count)
 
     def with_regularization(self, regularization: float) -> JacobiInverse:

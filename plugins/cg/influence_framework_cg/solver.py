@@ -26,6 +26,9 @@ from influence_framework.protocols import (
 from influence_framework_cg.block import block_conjugate_gradients
 from influence_framework_cg.recurrence import Rows, Systems, conjugate_gradients, row_norms
 
+ATTAINABLE = 10.0
+"""Relative residual, in units of the dtype's precision, below which nothing can be told from rounding."""
+
 
 @dataclass(frozen=True)
 class CgSolver:
@@ -38,8 +41,8 @@ class CgSolver:
     iteration limit or the limit of the dtype's accuracy are reported one by one.
 
     Attributes:
-        rtol: Relative tolerance.
-        atol: Absolute tolerance.
+        rtol: Relative tolerance; never taken below ten times the dtype's precision (1e-6 in float32).
+        atol: Absolute tolerance. A right-hand side within it is left at the initial guess.
         maxiter: Iteration limit; ``10·P`` where left out.
         preconditioner: A solver whose inverse is one fixed positive definite matrix, such as ``jacobi``.
         x0: Initial guess, ``(P,)`` for every right-hand side or ``(P, k)``; zero where left out.
@@ -157,13 +160,14 @@ class CgInverse(Inverse):
         value = self._initial(rhs)
         value[norms == 0] = 0.0
         maxiter = self.solver.maxiter
+        floor = ATTAINABLE * torch.finfo(rhs.dtype).eps
         return Systems(
             apply=self._apply,
             precondition=self._precondition,
             rhs=rhs,
             value=value,
             residual=rhs.clone() if self.solver.x0 is None else rhs - self._apply(value),
-            tolerance=(self.solver.rtol * norms).clamp_min(self.solver.atol),
+            tolerance=(max(self.solver.rtol, floor) * norms).clamp_min(self.solver.atol),
             reason=[None] * len(rhs),
             iterations=torch.zeros(len(rhs), dtype=torch.int64, device=rhs.device),
             limit=10 * rhs.shape[1] if maxiter is None else maxiter,

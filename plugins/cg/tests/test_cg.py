@@ -294,3 +294,25 @@ def test_with_regularization_equals_a_refit(block: bool) -> None:
 def test_progress_bar_counts_systems(capsys: pytest.CaptureFixture[str]) -> None:
     CgSolver(progress=True).fit(DenseOperator(symmetric([1.0, 2.0, 3.0])), 0.0).solve(normal(3, 4))
     assert "4/4" in capsys.readouterr().err
+
+
+@BLOCK
+@pytest.mark.parametrize("seed", range(3))
+def test_float32_near_its_limit_never_returns_something_worse_than_zero(block: bool, seed: int) -> None:
+    """The true residual put in the place of the recursive one under an old direction diverges."""
+    matrix = symmetric(torch.logspace(-3, 1, 200), seed).float()
+    columns = normal(200, 4, seed=seed).float()
+    with pytest.warns(ConvergenceWarning):
+        solution = CgSolver(rtol=1e-6, atol=0.0, block=block).fit(DenseOperator(matrix), 0.0).solve(columns)
+    true = torch.linalg.norm(columns.double() - matrix.double() @ solution.value.double(), dim=0)
+    # Textbook CG reaches 2e-4 here.
+    assert (true / torch.linalg.norm(columns.double(), dim=0) <= 1e-3).all()
+
+
+@BLOCK
+def test_indefiniteness_along_one_system_leaves_the_others_solved(block: bool) -> None:
+    matrix = torch.diag(torch.tensor([1.0, 2.0, 3.0, -1.0], dtype=torch.float64))
+    with pytest.warns(ConvergenceWarning, match="1 of 4"):
+        solution = CgSolver(block=block).fit(DenseOperator(matrix), 0.0).solve(torch.eye(4).double())
+    assert solution.converged.tolist() == [True, True, True, False]
+    assert solution.reason[3] is StopReason.NEGATIVE_CURVATURE

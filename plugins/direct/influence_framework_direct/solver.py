@@ -29,7 +29,8 @@ class DirectSolver:
     The matrix is taken from the operator where it offers one and formed by blocks of columns otherwise,
     then factored once: by Cholesky, or, where ``C + λI`` is not positive definite, by a symmetric
     indefinite factorisation (Bunch and Kaufman 1977) with a warning. Forming costs up to ``P`` products,
-    factoring ``P³/3`` flops, each right-hand side ``2P²``; memory is two ``P × P`` matrices.
+    factoring ``P³/3`` flops, each right-hand side ``2P²``;
+    memory is two ``P × P`` matrices, and about four while they are made.
 
     Attributes:
         block_size: Columns of the matrix formed at a time.
@@ -52,6 +53,11 @@ class DirectSolver:
         Warns:
             IndefiniteOperatorWarning: ``C + λI`` is not positive definite.
         """
+        if operator.dtype not in (torch.float32, torch.float64):
+            raise InvalidInputError(
+                f"'direct' factors float32 and float64 matrices, not {operator.dtype}: convert model and data, "
+                "or use 'cg'."
+            )
         _check_memory(operator)
         matrix = to_dense(operator, block_size=self.block_size)
         if not torch.isfinite(matrix).all():
@@ -133,13 +139,15 @@ def _singular(base: DenseOperator, regularization: float, condition: float) -> S
 
 def _check_memory(operator: LinearOperator) -> None:
     size = operator.shape[0]
-    needed = 2 * size**2 * torch.empty(0, dtype=operator.dtype).element_size()
+    needed = 4 * size**2 * torch.empty(0, dtype=operator.dtype).element_size()
     if operator.device.type == "cpu":
         present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    elif operator.device.type != "cuda":
+        return
     else:
         present = torch.cuda.get_device_properties(operator.device).total_memory
     if needed > present:
         raise InvalidInputError(
-            f"'direct' holds two {size} × {size} matrices ({needed / 2**30:.1f} GiB) and this machine has "
-            f"{present / 2**30:.1f} GiB: use blocks='per_layer', or an iterative solver such as 'cg'."
+            f"'direct' works on four {size} × {size} matrices ({needed / 2**30:.1f} GiB) and this machine "
+            f"has {present / 2**30:.1f} GiB: use blocks='per_layer', or an iterative solver such as 'cg'."
         )
