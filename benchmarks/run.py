@@ -108,7 +108,7 @@ def cg(data: problems.Digits, net: nn.Sequential, factor: float, runs: int) -> s
             net, problems.LOSS, solver=solver, source=source, hessian_regularization=strength
         ).fit(data.loader(1500))
 
-    def peer(tolerance: float, *, block: bool) -> CgInfluence:
+    def peer(tolerance: float, *, block: bool, batch_size: int = 1500) -> CgInfluence:
         model = CgInfluence(
             net,
             problems.LOSS,
@@ -118,17 +118,23 @@ def cg(data: problems.Digits, net: nn.Sequential, factor: float, runs: int) -> s
             maxiter=1000,
             solve_simultaneously=block,
         )
-        return model.fit(data.loader(1500))
+        return model.fit(data.loader(batch_size))
+
+    def in_small_batches(tolerance: float, *, block: bool) -> CgInfluence:
+        return peer(tolerance, block=block, batch_size=250)
 
     def scores(model: object) -> Tensor:
         return model.influences(data.x_test, data.y_test, data.x, data.y)  # type: ignore[attr-defined]
 
     def best(
-        make: Callable[..., object], tolerances: tuple[float, ...], name: str
+        make: Callable[..., object],
+        tolerances: tuple[float, ...],
+        name: str,
+        variants: tuple[bool, ...] = (True, False),
     ) -> tuple[str, Callable[[], Tensor], float]:
         """Of the block and the column variant, the quicker one among those that reach the limit."""
         found: list[tuple[str, Callable[[], Tensor], float]] = []
-        for block in (True, False):
+        for block in variants:
 
             def factors(tolerance: float, block: bool = block) -> Tensor:
                 return make(tolerance, block=block).influence_factors(data.x_test, data.y_test)  # type: ignore[attr-defined]
@@ -151,7 +157,12 @@ def cg(data: problems.Digits, net: nn.Sequential, factor: float, runs: int) -> s
         warnings.simplefilter("ignore")  # the search passes through tolerances that are not reached
         # pydvl compares the residual with rtol²·‖b‖, hence the other scale of its tolerances.
         my_label, mine, _ = best(ours, (1e-5, 9e-6, 7e-6, 5e-6), "influence_framework")
-        peer_label, theirs, _ = best(peer, (3.1e-3, 2.8e-3, 2.4e-3, 2e-3, 1e-3, 3e-4), "pydvl")
+        tolerances = (3.1e-3, 2.8e-3, 2.4e-3, 2e-3, 1e-3, 3e-4)
+        whole = best(peer, tolerances, "pydvl")
+        # Column by column, more and smaller batches only add calls.
+        small = best(in_small_batches, tolerances, "pydvl", (True,))
+        peer_label, theirs, _ = min(whole, small, key=lambda entry: entry[2])
+        peer_label += ", batch 250" if theirs is small[1] else ", batch 1500"
         pairing = paired(mine, theirs, runs)
     what = f"`cg`, 17,226 parameters, λ = {strength:.2g} = {factor:g}·\\|most negative eigenvalue\\|"
     return row(what, pairing, my_label, peer_label)
@@ -206,7 +217,7 @@ def report(runs: int) -> str:
         "| | ours, s | pydvl, s | pydvl / ours | ours | pydvl |",
         "|---|---|---|---|---|---|",
         direct(data, runs),
-        *(cg(data, wide, factor, runs) for factor in (1.5, 3.0, 10.0)),
+        *(cg(data, wide, factor, runs) for factor in (3.0, 10.0)),
         "",
         "Residuals of `cg` are the largest true relative residual over the 50 right-hand sides, in float64; "
         f"both sides run at the loosest tolerance that brings it to {RESIDUAL_LIMIT:g} or less.",
@@ -226,7 +237,7 @@ def report(runs: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=7, help="paired runs of each comparison")
+    parser.add_argument("--runs", type=int, default=5, help="paired runs of each comparison")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("results.md"))
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)

@@ -72,15 +72,20 @@ def _per_sample(
     problem: Problem,
     parameters: ParameterSpace,
     batch: Batch,
+    alone: Callable[[dict[str, Tensor], Batch], Tensor] | None = None,
 ) -> Tensor:
-    """``function(parameters, one sample)`` for every sample, stacked: vectorised where that is possible."""
+    """``function(parameters, one sample)`` for every sample, stacked: vectorised where that is possible.
+
+    ``alone`` computes the same for a single sample where ``torch.func`` cannot, without it.
+    """
     leaves = {name: leaf.detach() for name, leaf in parameters.leaves(problem.model).items()}
     try:
         return torch.func.vmap(lambda sample: function(leaves, map_leaves(lambda t: t[None], sample)))(batch)
     except RuntimeError:
         # Control flow on values, or an operator that torch.func cannot batch: one sample at a time.
         size = problem.objective.size(batch)
-        return torch.stack([function(leaves, take(batch, slice(i, i + 1))) for i in range(size)])
+        one = alone or function
+        return torch.stack([one(leaves, take(batch, slice(i, i + 1))) for i in range(size)])
 
 
 def sample_gradients(problem: Problem, parameters: ParameterSpace, batch: Batch) -> Float[Tensor, "n P"]:
@@ -96,7 +101,14 @@ def sample_gradients(problem: Problem, parameters: ParameterSpace, batch: Batch)
 
         return parameters.flatten(torch.func.grad(loss)(leaves))
 
-    gradients = _per_sample(gradient, problem, parameters, batch)
+    def by_autograd(leaves: dict[str, Tensor], sample: Batch) -> Tensor:
+        inputs = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
+        with torch.enable_grad():
+            loss = problem.mean_loss(inputs, sample)
+        found = gradients_of(loss, list(inputs.values()), keep_graph=False)
+        return parameters.flatten(dict(zip(inputs, found, strict=True)))
+
+    gradients = _per_sample(gradient, problem, parameters, batch, by_autograd)
     finite = torch.isfinite(gradients).all(dim=1)
     if not finite.all():
         bad = torch.nonzero(~finite).flatten().tolist()

@@ -148,3 +148,34 @@ def test_a_solver_that_returns_nan_is_an_error() -> None:
     model.fit([(normal(*SHAPE), normal(30, 3))])
     with pytest.raises(inf.NonFiniteError, match="Broken returned NaN"):
         model.influences(normal(*SHAPE), normal(30, 3))
+
+
+class Doubled(torch.autograd.Function):
+    """Twice its input, in the form of which torch.func cannot take derivatives."""
+
+    @staticmethod
+    def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+        return 2.0 * x
+
+    @staticmethod
+    def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
+        return 2.0 * gradient
+
+
+def test_functions_that_torch_func_does_not_know() -> None:
+    class Twice(nn.Module):
+        def __init__(self, inner: nn.Module, *, known: bool) -> None:
+            super().__init__()
+            self.inner, self.known = inner, known
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2.0 * self.inner(x) if self.known else Doubled.apply(self.inner(x))
+
+    batch = (normal(*SHAPE), normal(30, 3))
+    scores = [
+        inf.compose(Twice(net(), known=known), nn.MSELoss(), solver="direct", hessian_regularization=0.1)
+        .fit([batch])
+        .influences(*batch)
+        for known in (True, False)
+    ]
+    torch.testing.assert_close(scores[1], scores[0])
