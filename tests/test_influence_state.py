@@ -244,7 +244,7 @@ def test_every_fitted_tensor_is_moved(solver: str, blocks: str) -> None:
         fit: Any = influence._fit
         devices = [fit.problem.parameters.device] + [block.operator.device for block in fit.blocks.values()]
         assert {device.type for device in devices} == {"meta"}
-        assert fit.problem.state.torch.device.type == "cpu"
+        assert fit.problem.state.of_torch.device.type == "cpu"
         assert {p.device.type for p in influence.model.parameters()} == {"meta"}
         # The data is shared by all blocks and stays shared.
         assert len({id(block.operator.problem) for block in fit.blocks.values()} | {id(fit.problem)}) == 1
