@@ -30,6 +30,7 @@ from influence_framework.errors import (
 )
 from influence_framework.hookspecs import hookimpl
 from influence_framework.influence import TorchInfluenceFunctionModel
+from influence_framework.lowrank import LowRankInverse
 from influence_framework.objective import Objective, SupervisedObjective
 from influence_framework.operators import (
     BlockDiagonalOperator,
@@ -48,9 +49,12 @@ from influence_framework.protocols import (
     LayerStatistics,
     LinearOperator,
     Minibatches,
+    Preconditioning,
+    Reregularizable,
     Solution,
     Solver,
     StopReason,
+    Sweepable,
 )
 from influence_framework.registry import Registry, default_registry, hessian_sources, solvers
 
@@ -70,6 +74,7 @@ __all__ = [
     "InverseOperator",
     "LayerStatistics",
     "LinearOperator",
+    "LowRankInverse",
     "Minibatches",
     "MissingCapabilityError",
     "NonFiniteError",
@@ -79,13 +84,16 @@ __all__ = [
     "ParameterSpace",
     "PluginConflictError",
     "PluginError",
+    "Preconditioning",
     "Problem",
     "Registry",
+    "Reregularizable",
     "SingularOperatorError",
     "Solution",
     "Solver",
     "StopReason",
     "SupervisedObjective",
+    "Sweepable",
     "TorchInfluenceFunctionModel",
     "UnknownMethodError",
     "UnknownOptionError",

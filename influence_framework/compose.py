@@ -6,7 +6,7 @@ import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any, get_args, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
 
 from torch import nn
 
@@ -64,6 +64,23 @@ def compose(
         blocks=blocks,
         hessian_regularization=hessian_regularization,
         memory_budget=memory_budget,
+    )
+
+
+def resolve_source(source: Spec | HessianSource, *, precompute_grad: bool) -> HessianSource:
+    """The source that ``source`` stands for, with ``precompute_grad`` set beside it.
+
+    Raises:
+        InvalidInputError: ``precompute_grad`` beside an instance, which has its own.
+    """
+    if not precompute_grad:
+        return cast(HessianSource, resolve("source", source))
+    if isinstance(source, str | Mapping):
+        named = {"name": source} if isinstance(source, str) else source
+        return cast(HessianSource, resolve("source", {"precompute_grad": True, **named}))
+    raise InvalidInputError(
+        f"precompute_grad=True goes with a source given by name; set it on the instance: "
+        f"{type(source).__name__}(precompute_grad=True)."
     )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -46,6 +47,35 @@ def pull_back(
     return [None if gradient is None else gradient[None] for gradient in single]
 
 
+CACHE_BYTES = 24 * 2**20
+"""Working set up to which several cotangents at a time are faster than one after the other on a CPU."""
+
+
+def rows_at_once(device: torch.device, row_bytes: int, budget: int) -> int:
+    """How many cotangents, each of which takes ``row_bytes``, to pull back together."""
+    if device.type != "cpu":
+        return max(1, budget // row_bytes)
+    together = min(CACHE_BYTES, budget) // row_bytes
+    # Batching a handful of rows gains less than the layouts that it forces cost.
+    return together if together >= 8 else 1
+
+
+class PushForward:
+    """``v ↦ J v`` with ``J`` the Jacobian of ``outputs`` with respect to ``leaves``, from reverse mode alone.
+
+    ``w ↦ Jᵀ w`` is linear, and pulling ``v`` back through its graph gives ``J v``. That needs no
+    forward-mode rules and shares the one forward pass.
+    """
+
+    def __init__(self, outputs: Tensor, leaves: Sequence[Tensor]) -> None:
+        self._cotangent = torch.zeros_like(outputs, requires_grad=True)
+        self._transposed = gradients_of(outputs, leaves, self._cotangent)
+
+    def __call__(self, tangents: Sequence[Tensor]) -> Tensor | None:
+        """``(k, *outputs.shape)`` for ``k`` stacked tangents; ``None`` where ``J`` is zero."""
+        return pull_back(self._transposed, [self._cotangent], tangents)[0]
+
+
 def gradients_of(
     output: Tensor, inputs: Sequence[Tensor], cotangent: Tensor | None = None, *, keep_graph: bool = True
 ) -> list[Tensor]:
@@ -58,13 +88,22 @@ def gradients_of(
     return list(torch.autograd.grad(output, inputs, cotangent, create_graph=keep_graph, materialize_grads=True))
 
 
+def samples_within(problem: Problem, parameters: ParameterSpace, budget: int, copies: int) -> int:
+    """How many samples' activations and ``copies`` gradients each take ``budget`` bytes; at least one."""
+    element = torch.empty(0, dtype=parameters.dtype).element_size()
+    return max(1, budget // (copies * parameters.numel * element + 4 * problem.sample_bytes))
+
+
 def sample_chunks(
     problem: Problem, parameters: ParameterSpace, batch: Batch, size: int, *, copies: int = 2
 ) -> Iterator[Batch]:
     """The batch in pieces whose ``copies`` per-sample gradients and activations fit the budget."""
-    element = torch.empty(0, dtype=parameters.dtype).element_size()
-    per_sample = copies * parameters.numel * element + 4 * problem.sample_bytes
-    yield from split(batch, size, max(1, problem.memory_budget // per_sample))
+    count = samples_within(problem, parameters, problem.memory_budget, copies)
+    if parameters.device.type == "cpu":
+        # Larger tensors come as fresh pages from the operating system each time, which costs more than the
+        # arithmetic; a few dozen samples at a time are as quick as more.
+        count = min(count, max(32, samples_within(problem, parameters, 2 * CACHE_BYTES, copies)))
+    yield from split(batch, size, count)
 
 
 def _per_sample(
@@ -109,6 +148,12 @@ def sample_gradients(problem: Problem, parameters: ParameterSpace, batch: Batch)
         return parameters.flatten(dict(zip(inputs, found, strict=True)))
 
     gradients = _per_sample(gradient, problem, parameters, batch, by_autograd)
+    check_sample_gradients(gradients)
+    return gradients
+
+
+def check_sample_gradients(gradients: Float[Tensor, "n _P"]) -> None:
+    """Raise :class:`NonFiniteError` unless these, or what was computed from them, one row each, are finite."""
     finite = torch.isfinite(gradients).all(dim=1)
     if not finite.all():
         bad = torch.nonzero(~finite).flatten().tolist()
@@ -116,7 +161,6 @@ def sample_gradients(problem: Problem, parameters: ParameterSpace, batch: Batch)
             f"The loss gradients of samples {bad[:8]} (positions within their batch) contain NaN or "
             "infinity: check these samples and the loss at its extremes."
         )
-    return gradients
 
 
 def sample_jacobians(
@@ -146,6 +190,9 @@ def sample_jacobians(
     )
 
 
+Name = TypeVar("Name", bound=Hashable)
+
+
 @dataclass(frozen=True)
 class Factors:
     """Rows ``(m, q)`` over part of the flat parameter vector.
@@ -171,25 +218,66 @@ class Factors:
 
 
 def contract_up(
-    factors: Mapping[str, Factors], problem: Problem, batch: Batch
-) -> dict[str, Float[Tensor, "m n"]]:
+    factors: Mapping[Name, Factors], problem: Problem, batch: Batch
+) -> dict[Name, Float[Tensor, "m n"]]:
     """``f_k · ∇ℓ_j`` for every factor of every name and every sample of the batch.
 
-    Gradients are formed for as many samples at a time as the budget holds and multiplied at once:
-    ``2·m·n·P`` flops beside one forward and backward pass, whatever the number of names.
+    Either from per-sample gradients, formed for as many samples at a time as pays and multiplied at
+    once, ``2·m·n·P`` flops; or, for few factors, as directional derivatives of all samples' losses at
+    once, which forms no gradient of a sample. The choice changes speed only.
     """
-    scores: dict[str, list[Tensor]] = {name: [] for name in factors}
     size = problem.objective.size(batch)
-    for chunk in sample_chunks(problem, problem.parameters, batch, size):
-        gradients = sample_gradients(problem, problem.parameters, chunk)
-        for name, part in factors.items():
-            scores[name].append(part.rows @ part.of(gradients).T)
-    return {name: torch.cat(parts, dim=1) for name, parts in scores.items()}
+
+    def joined(pieces: Iterator[dict[Name, Tensor]]) -> dict[Name, Tensor]:
+        parts = list(pieces)
+        return {name: torch.cat([part[name] for part in parts], dim=1) for name in factors}
+
+    if _directions_pay(sum(part.rows.shape[0] for part in factors.values()), problem):
+        # Without second derivatives, a model still has gradients.
+        with suppress(RuntimeError):
+            return joined(_along_factors(factors, problem, p) for p in split(batch, size, problem.max_batch))
+    chunks = sample_chunks(problem, problem.parameters, batch, size)
+    return joined(_with_gradients(factors, problem, chunk) for chunk in chunks)
+
+
+def _directions_pay(count: int, problem: Problem) -> bool:
+    """Whether ``count`` directional derivatives take less time than per-sample gradients.
+
+    A direction takes two forward passes' worth of flops for each sample. A sample's gradient takes about
+    three, vectorised at a third of the speed; then its ``P`` numbers are written and read a few times,
+    which takes as long as some 250 flops each, and multiplied with every factor.
+    """
+    parameters = problem.parameters.numel
+    return count * (2 * problem.sample_flops - 2 * parameters) < 9 * problem.sample_flops + 250 * parameters
+
+
+def _with_gradients(factors: Mapping[Name, Factors], problem: Problem, batch: Batch) -> dict[Name, Tensor]:
+    gradients = sample_gradients(problem, problem.parameters, batch)
+    return {name: part.rows @ part.of(gradients).T for name, part in factors.items()}
+
+
+def _along_factors(factors: Mapping[Name, Factors], problem: Problem, batch: Batch) -> dict[Name, Tensor]:
+    leaves = problem.parameters.leaves(problem.model)
+    with torch.enable_grad():
+        losses = problem.sample_losses(leaves, batch)
+        forward = PushForward(losses, list(leaves.values()))
+    step = rows_at_once(losses.device, 2 * problem.sample_bytes * len(losses), problem.memory_budget)
+    found = {}
+    for name, part in factors.items():
+        scores = losses.new_zeros(part.rows.shape[0], len(losses))
+        for start in range(0, len(scores), step):
+            rows = part.padded(problem.parameters.numel, slice(start, start + step))
+            derivatives = forward(problem.parameters.unflatten_rows(rows))
+            if derivatives is not None:
+                scores[start : start + step] = derivatives
+        found[name] = scores
+        check_sample_gradients(scores.T)
+    return found
 
 
 def contract_perturbation(
-    factors: Mapping[str, Factors], problem: Problem, batch: Batch
-) -> dict[str, Float[Tensor, "m n *features"]]:
+    factors: Mapping[Name, Factors], problem: Problem, batch: Batch
+) -> dict[Name, Float[Tensor, "m n *features"]]:
     """``∇ₓ(f_k · ∇_θ ℓ_j)`` for every factor of every name and every sample of the batch.
 
     ``Σ_j ∇_θ ℓ_j`` is differentiated once more, with respect to the inputs, in the direction of each
@@ -207,7 +295,7 @@ def contract_perturbation(
             f"Mode Perturbation differentiates with respect to the input, which must be one "
             f"floating-point tensor; got {got}. Use mode='up', or feed the model embeddings."
         )
-    scores: dict[str, list[Tensor]] = {name: [] for name in factors}
+    scores: dict[Name, list[Tensor]] = {name: [] for name in factors}
     for inputs, target in split((x, y), x.shape[0], problem.max_batch):
         derivative = _input_derivative(problem, inputs, target)
         step = max(1, problem.memory_budget // (3 * problem.sample_bytes * inputs.shape[0]))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -13,16 +11,9 @@ from torch import Tensor, nn
 
 from influence_framework.data import Batch, detached, random_state_kept, split
 from influence_framework.devices import to_device
-from influence_framework.errors import InvalidInputError, NonFiniteError, NotFittedError, did_you_mean
-from influence_framework.gradients import (
-    Factors,
-    contract_perturbation,
-    contract_up,
-    sample_chunks,
-    sample_gradients,
-)
+from influence_framework.errors import InvalidInputError, NotFittedError
+from influence_framework.fitted import Fitted
 from influence_framework.objective import Loss, Objective
-from influence_framework.operators import require_capabilities
 from influence_framework.parameters import Blocks
 from influence_framework.problem import (
     DEFAULT_MEMORY_BUDGET,
@@ -31,49 +22,9 @@ from influence_framework.problem import (
     check_leaves,
     check_model,
     check_unchanged,
-    model_state,
 )
-from influence_framework.protocols import (
-    HessianSource,
-    InfluenceMode,
-    InverseOperator,
-    LinearOperator,
-    Reregularizable,
-    Solver,
-)
-
-SOLVE_COPIES = 12
-"""Vectors of the length of a right-hand side that an iterative solver holds for each of them."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Block:
-    """One block's share of the flat vector, its curvature and the inverse fitted to it.
-
-    ``index`` is ``None`` where the block is the whole vector.
-    """
-
-    index: Tensor | None
-    operator: LinearOperator
-    regularization: float
-    inverse: InverseOperator
-
-    @property
-    def selection(self) -> Tensor | slice:
-        """What picks this block's columns out of rows over the whole vector."""
-        return slice(None) if self.index is None else self.index
-
-
-@dataclass(frozen=True, eq=False)
-class _Fit:
-    """Everything that ``fit`` leaves behind.
-
-    ``state`` are the model's parameters and buffers as they were, to notice that it was trained on.
-    """
-
-    problem: Problem
-    blocks: dict[str, _Block]
-    state: dict[str, Tensor]
+from influence_framework.protocols import HessianSource, InfluenceMode, Solver
+from influence_framework.regularization import check_regularization, per_block
 
 
 class TorchInfluenceFunctionModel:
@@ -116,7 +67,7 @@ class TorchInfluenceFunctionModel:
     ) -> None:
         if memory_budget <= 0:
             raise InvalidInputError(f"memory_budget is a positive number of bytes, got {memory_budget}.")
-        _check_regularization(hessian_regularization)
+        check_regularization(hessian_regularization)
         self.model = model
         self.loss = loss
         self.solver = solver
@@ -124,7 +75,7 @@ class TorchInfluenceFunctionModel:
         self.blocks = blocks
         self.hessian_regularization = hessian_regularization
         self.memory_budget = memory_budget
-        self._fit: _Fit | None = None
+        self._fit: Fitted | None = None
 
     def __repr__(self) -> str:
         state = "fitted" if self.is_fitted else "not fitted"
@@ -155,26 +106,9 @@ class TorchInfluenceFunctionModel:
         with random_state_kept():
             problem = Problem.build(self.model, self.loss, data, memory_budget=self.memory_budget)
             blocks = Blocks.resolve(self.blocks, problem.parameters)
-            strengths = _per_block(self.hessian_regularization, blocks)
-            fitted = {}
-            for name, parameters in blocks.items():
-                part = problem.parameters.subset(parameters)
-                operator = self.source.operator(problem, part)
-                index = problem.parameters.indices_of(part)
-                fitted[name] = _Block(index, operator, strengths[name], self._invert(operator, strengths[name]))
-        self._fit = _Fit(problem, fitted, model_state(self.model))
+            strengths = per_block(self.hessian_regularization, blocks)
+            self._fit = Fitted.fit(problem, blocks, self.source, self.solver, strengths)
         return self
-
-    def _invert(self, operator: LinearOperator, regularization: float) -> InverseOperator:
-        requires = getattr(self.solver, "requires", ())
-        require_capabilities(type(self.solver).__name__, operator, requires)
-        inverse = self.solver.fit(operator, regularization)
-        if not isinstance(inverse, InverseOperator) or inverse.shape != operator.shape:
-            raise InvalidInputError(
-                f"{type(self.solver).__name__}.fit returned {type(inverse).__name__} where an inverse operator "
-                f"of shape {operator.shape} was expected: the solver is faulty."
-            )
-        return inverse
 
     def with_regularization(self, hessian_regularization: float | Mapping[str, float]) -> Self:
         """The same model at another λ; this one stays as it is.
@@ -182,23 +116,12 @@ class TorchInfluenceFunctionModel:
         If fitted, so is the result: without fitting again where the inverse offers it, else by fitting
         on the curvature operator that exists already.
         """
-        _check_regularization(hessian_regularization)
+        check_regularization(hessian_regularization)
         other = type(self).__new__(type(self))
         other.__dict__.update(self.__dict__, hessian_regularization=hessian_regularization)
         if self._fit is not None:
-            strengths = _per_block(hessian_regularization, self._fit.blocks)
-            with random_state_kept():
-                blocks = {
-                    name: replace(
-                        block,
-                        regularization=strengths[name],
-                        inverse=block.inverse.with_regularization(strengths[name])
-                        if isinstance(block.inverse, Reregularizable)
-                        else self._invert(block.operator, strengths[name]),
-                    )
-                    for name, block in self._fit.blocks.items()
-                }
-            other._fit = replace(self._fit, blocks=blocks)
+            strengths = per_block(hessian_regularization, self._fit.blocks)
+            other._fit = self._fit.with_regularization(strengths)
         return other
 
     def to(self, device: torch.device | str) -> Self:
@@ -247,22 +170,50 @@ class TorchInfluenceFunctionModel:
         mode: InfluenceMode | str = InfluenceMode.Up,
     ) -> dict[str, Tensor]:
         """Each block's part of :meth:`influences`; they add up to it."""
-        mode = InfluenceMode.parse(mode)
         fitted = self._fitted()
-        test = self._checked((x_test, y_test), "test data")
-        if (x is None) != (y is None):
-            given, missing = ("x", "y") if y is None else ("y", "x")
-            raise InvalidInputError(
-                f"Got {given} without {missing}: pass both, or neither to score the test points on each other."
-            )
-        train = test if x is None else self._checked((x, y), "training points")
-        if mode is InfluenceMode.Perturbation:
-            check_differentiable(train)
+        mode, test, train = self._pairs(x_test, y_test, x, y, mode)
         with random_state_kept():
-            if mode is InfluenceMode.Up and self._size(train) < self._size(test):
-                transposed = self._scores(fitted, train, test, mode)
-                return {name: scores.T for name, scores in transposed.items()}
-            return self._scores(fitted, test, train, mode)
+            return fitted.scores(test, train, mode)
+
+    def explore_hessian_regularization(
+        self,
+        x: Any,
+        y: Any,
+        regularization_values: Sequence[float] | float,
+        x_train: Any = None,
+        y_train: Any = None,
+        mode: InfluenceMode | str = InfluenceMode.Up,
+    ) -> dict[float, dict[str, Tensor]]:
+        """:meth:`influences_by_block` for several λ at about the cost of one.
+
+        Gradients are computed once for all λ, and systems are solved together where the inverse can.
+
+        Args:
+            x: Inputs of the test points.
+            y: Their targets.
+            regularization_values: λ, the same for every block.
+            x_train: Inputs of the training points; with ``y_train`` left out too, the test points stand in.
+            y_train: Their targets.
+            mode: A member of :class:`InfluenceMode` or its value.
+
+        Returns:
+            For each λ, in the order given, the scores by block: ``(n_test, n_train)`` in mode Up,
+            ``(n_test, n_train, *features)`` in mode Perturbation.
+
+        Raises:
+            NotFittedError: Before ``fit``.
+            InvalidInputError: What does not fit, with the remedy.
+        """
+        fitted = self._fitted()
+        if isinstance(regularization_values, int | float):
+            regularization_values = [regularization_values]
+        if not len(regularization_values):
+            raise InvalidInputError("regularization_values is empty: pass at least one λ.")
+        for value in regularization_values:
+            check_regularization(value, "regularization_values")
+        mode, test, train = self._pairs(x, y, x_train, y_train, mode)
+        with random_state_kept():
+            return fitted.sweep(test, train, mode, list(dict.fromkeys(map(float, regularization_values))))
 
     def influence_factors(self, x: Any, y: Any) -> Float[Tensor, "n P"]:
         """``(C + λI)⁻¹ ∇ℓ(z)`` of every point, one row each, in the order of the flat vector.
@@ -271,16 +222,14 @@ class TorchInfluenceFunctionModel:
             NotFittedError: Before ``fit``.
             InvalidInputError: What does not fit, with the remedy.
         """
-        fitted = self._fitted()
-        return self._assemble(fitted, self.influence_factors_by_block(x, y))
+        return self._fitted().assemble(self.influence_factors_by_block(x, y))
 
     def influence_factors_by_block(self, x: Any, y: Any) -> dict[str, Tensor]:
         """Each block's columns ``(n, P_block)`` of :meth:`influence_factors`."""
         fitted = self._fitted()
         batch = self._checked((x, y), "points")
         with random_state_kept():
-            chunks = [self._factors(fitted, chunk) for chunk in self._solve_chunks(fitted, batch)]
-        return {name: torch.cat([chunk[name] for chunk in chunks]) for name in fitted.blocks}
+            return fitted.factors(batch)
 
     def influences_from_factors(
         self,
@@ -306,7 +255,7 @@ class TorchInfluenceFunctionModel:
         self._check_factors(z_test_factors, size, "z_test_factors")
         train = self._checked((x, y), "training points")
         with random_state_kept():
-            return _contraction(mode)({"all": Factors(z_test_factors)}, fitted.problem, train)["all"]
+            return fitted.contract_whole(z_test_factors, train, mode)
 
     def influences_from_factors_by_block(
         self,
@@ -327,12 +276,28 @@ class TorchInfluenceFunctionModel:
             self._check_factors(z_test_factors[name], block.operator.shape[0], f"z_test_factors[{name!r}]")
         train = self._checked((x, y), "training points")
         with random_state_kept():
-            return self._contract(fitted, z_test_factors, train, mode)
+            return fitted.contract(z_test_factors, train, mode)
 
-    def _fitted(self) -> _Fit:
+    def _fitted(self) -> Fitted:
         if self._fit is None:
             raise NotFittedError("This influence model is not fitted: call model.fit(train_loader) first.")
         return self._fit
+
+    def _pairs(
+        self, x_test: Any, y_test: Any, x: Any, y: Any, mode: InfluenceMode | str
+    ) -> tuple[InfluenceMode, Batch, Batch]:
+        """The mode, test and training points, checked."""
+        mode = InfluenceMode.parse(mode)
+        test = self._checked((x_test, y_test), "test data")
+        if (x is None) != (y is None):
+            given, missing = ("x", "y") if y is None else ("y", "x")
+            raise InvalidInputError(
+                f"Got {given} without {missing}: pass both, or neither to score the test points on each other."
+            )
+        train = test if x is None else self._checked((x, y), "training points")
+        if mode is InfluenceMode.Perturbation:
+            check_differentiable(train)
+        return mode, test, train
 
     def _checked(self, batch: Batch, what: str) -> Batch:
         for name, part in zip("xy", batch, strict=True):
@@ -345,52 +310,6 @@ class TorchInfluenceFunctionModel:
         for piece in split(batch, problem.objective.size(batch), problem.max_batch):
             problem.validated(piece, what)
         return detached(batch)
-
-    def _size(self, batch: Batch) -> int:
-        return self._fitted().problem.objective.size(batch)
-
-    def _scores(self, fitted: _Fit, solved: Batch, other: Batch, mode: InfluenceMode) -> dict[str, Tensor]:
-        """Scores by block with the system solved for ``solved``, a budget's worth of points at a time."""
-        parts = [
-            self._contract(fitted, self._factors(fitted, chunk), other, mode)
-            for chunk in self._solve_chunks(fitted, solved)
-        ]
-        return {name: torch.cat([part[name] for part in parts]) for name in fitted.blocks}
-
-    def _solve_chunks(self, fitted: _Fit, batch: Batch) -> Iterator[Batch]:
-        problem = fitted.problem
-        yield from sample_chunks(problem, problem.parameters, batch, self._size(batch), copies=SOLVE_COPIES)
-
-    def _factors(self, fitted: _Fit, batch: Batch) -> dict[str, Tensor]:
-        gradients = sample_gradients(fitted.problem, fitted.problem.parameters, batch)
-        factors = {}
-        for name, block in fitted.blocks.items():
-            value = block.inverse.solve(gradients[:, block.selection].T).value.T
-            bad = torch.nonzero(~torch.isfinite(value).all(dim=1)).flatten().tolist()
-            if bad:
-                raise NonFiniteError(
-                    f"{type(self.solver).__name__} returned NaN or infinity for {len(bad)} of {len(value)} "
-                    f"right-hand sides in block {name!r} (positions {bad[:8]}): raise the regularisation, or "
-                    "use another solver."
-                )
-            factors[name] = value
-        return factors
-
-    def _contract(
-        self, fitted: _Fit, factors: Mapping[str, Tensor], batch: Batch, mode: InfluenceMode
-    ) -> dict[str, Tensor]:
-        """Each block's scores, from one pass over the gradients for all blocks."""
-        parts = {name: Factors(factors[name], block.index) for name, block in fitted.blocks.items()}
-        return _contraction(mode)(parts, fitted.problem, batch)
-
-    def _assemble(self, fitted: _Fit, factors: Mapping[str, Tensor]) -> Float[Tensor, "n P"]:
-        """Factors by block as rows in the order of the flat vector."""
-        count = len(next(iter(factors.values())))
-        parameters = fitted.problem.parameters
-        rows = torch.empty(count, parameters.numel, dtype=parameters.dtype, device=parameters.device)
-        for name, block in fitted.blocks.items():
-            rows[:, block.selection] = factors[name]
-        return rows
 
     def _total(self, by_block: Mapping[str, Tensor]) -> Tensor:
         parts = iter(by_block.values())
@@ -413,43 +332,3 @@ class TorchInfluenceFunctionModel:
             )
         if not torch.isfinite(factors).all():
             raise InvalidInputError(f"{name} contains NaN or infinity.")
-
-
-def _contraction(
-    mode: InfluenceMode,
-) -> Callable[[Mapping[str, Factors], Problem, Batch], dict[str, Tensor]]:
-    return contract_up if mode is InfluenceMode.Up else contract_perturbation
-
-
-def _check_regularization(regularization: float | Mapping[str, float]) -> None:
-    values = (
-        regularization if isinstance(regularization, Mapping) else {"hessian_regularization": regularization}
-    )
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InvalidInputError(
-                f"The regularisation is a number or a mapping from block name to number; {name!r} is {value!r}."
-            )
-        if not math.isfinite(value) or value < 0:
-            raise InvalidInputError(
-                f"The regularisation must be finite and not negative, got {value} for {name!r}."
-            )
-
-
-def _per_block(regularization: float | Mapping[str, float], blocks: Iterable[str]) -> dict[str, float]:
-    blocks = list(blocks)
-    if not isinstance(regularization, Mapping):
-        return dict.fromkeys(blocks, float(regularization))
-    for name in regularization:
-        if name not in blocks:
-            raise InvalidInputError(
-                f"hessian_regularization names the block {name!r}, which does not exist."
-                f"{did_you_mean(name, blocks)} Blocks: {', '.join(blocks)}."
-            )
-    missing = [name for name in blocks if name not in regularization]
-    if missing:
-        raise InvalidInputError(
-            f"hessian_regularization gives no value for the blocks {', '.join(missing)}: name every block, "
-            "or pass one number."
-        )
-    return {name: float(regularization[name]) for name in blocks}

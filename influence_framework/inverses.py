@@ -67,10 +67,14 @@ class Inverse(Operator):
                 columns.clone(), torch.zeros(columns.shape[1], dtype=torch.float64, device="cpu"), []
             )
         solution = self._solve(columns[:, None] if columns.ndim == 1 else columns)
+        self.report(solution)
+        return replace(solution, value=solution.value[:, 0]) if columns.ndim == 1 else solution
+
+    def report(self, solution: Solution) -> None:
+        """Warn, in one line, of the right-hand sides that failed."""
         message = describe_failures(solution, self.quiet)
         if message:
-            warnings.warn(message, ConvergenceWarning, stacklevel=2)
-        return replace(solution, value=solution.value[:, 0]) if columns.ndim == 1 else solution
+            warnings.warn(message, ConvergenceWarning, stacklevel=3)
 
 
 def make_solution(

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from influence_framework.data import (
     Batch,
@@ -51,6 +52,7 @@ class Problem:
         size: ``N``, the number of samples of one pass.
         batch_size: Samples in the first batch of the caller's loader.
         sample_bytes: Bytes that autograd keeps of one sample's forward pass.
+        sample_flops: Flops of one sample's forward pass, as far as matrix products and convolutions go.
         memory_budget: Bytes for caches and intermediate results.
         state: Global random state in which every pass starts.
     """
@@ -63,6 +65,7 @@ class Problem:
     size: int
     batch_size: int
     sample_bytes: int
+    sample_flops: int
     memory_budget: int
     state: RandomState
 
@@ -91,7 +94,7 @@ class Problem:
         parameters = ParameterSpace.of(model)
         check_reiterable(data)
         objective = loss if isinstance(loss, Objective) else SupervisedObjective(loss)
-        problem = cls(model, objective, parameters, data, False, 0, 0, 1, memory_budget, random_state(data))
+        problem = cls(model, objective, parameters, data, False, 0, 0, 1, 0, memory_budget, random_state(data))
         return problem._read()
 
     def _read(self) -> Self:
@@ -105,7 +108,11 @@ class Problem:
             sizes.append(problem.objective.size(batch))
             if len(sizes) == 1:
                 problem._check_one_sample_at_a_time(batch)
-                problem = replace(problem, sample_bytes=problem._activation_bytes(batch) // sizes[0] + 1)
+                problem = replace(
+                    problem,
+                    sample_bytes=problem._activation_bytes(batch) // sizes[0] + 1,
+                    sample_flops=problem._forward_flops(batch) // sizes[0],
+                )
             held += nbytes(batch)
             if held > self.memory_budget:
                 kept = None
@@ -202,6 +209,11 @@ class Problem:
         for tensor in self.model.parameters():
             seen.pop(tensor.data_ptr(), None)
         return sum(seen.values())
+
+    def _forward_flops(self, batch: Batch) -> int:
+        with torch.no_grad(), random_state_kept(), FlopCounterMode(display=False) as counter:
+            self.outputs({}, batch)
+        return int(counter.get_total_flops())
 
     @property
     def max_batch(self) -> int:

@@ -110,6 +110,7 @@ class StopReason(Enum):
         "the most negative eigenvalue, or use the source 'gauss_newton'"
     )
     STAGNATED = "reached the accuracy this dtype can give: loosen rtol, use float64 or raise the regularisation"
+    DIVERGED = "diverged: raise the scale (the solver's warning names one), or use 'cg'"
     NOT_FINITE = "met NaN or infinity: check the right-hand side and the operator"
 
 
@@ -145,6 +146,22 @@ class Reregularizable(Protocol):
     """Capability of an inverse: another λ without fitting again."""
 
     def with_regularization(self, regularization: float) -> InverseOperator: ...
+
+
+@runtime_checkable
+class Sweepable(Protocol):
+    """Capability of an inverse: solve for several λ together, for less than one solve each."""
+
+    def solve_sweep(
+        self, columns: Float[Tensor, "P k"], regularizations: Sequence[float]
+    ) -> Sequence[Solution]: ...
+
+
+@runtime_checkable
+class Preconditioning(Protocol):
+    """Capability of an inverse: another form of it, which is the better preconditioner."""
+
+    def preconditioner(self) -> InverseOperator: ...
 
 
 @runtime_checkable

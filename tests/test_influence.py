@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import influence_framework as inf
 from tests import cases, reference
@@ -247,3 +247,34 @@ def test_per_block_regularization() -> None:
     assert_blocks_close(
         influence.influences_by_block(*test, *train), expected, torch.stack([*expected.values()])
     )
+
+
+@pytest.mark.parametrize("directions", [True, False])
+@pytest.mark.parametrize("structure", ["full", "per_layer", "interleaved"])
+@pytest.mark.parametrize("name", ["ragged_last_batch", "conv", "embedding", "recurrent", "frozen_bias", "sum"])
+def test_both_ways_to_contract_give_the_same(
+    name: str, structure: str, directions: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instance, influence = fitted(name, structure)
+    test, train = cases.points(name, 4, 1), cases.points(name, 6, 2)
+    ways: list[bool] = []
+    monkeypatch.setattr(inf.gradients, "_directions_pay", lambda *_: ways.append(directions) or directions)
+    scores = influence.influences_by_block(*test, *train)
+    assert ways == [directions]
+    parts = inverses(name, structure)
+    g_test, g_train = gradients(instance, test), gradients(instance, train)
+    expected = {key: g_test @ part @ g_train.T for key, part in parts.items()}
+    assert_blocks_close(scores, expected, torch.stack(list(expected.values())).sum(0))
+
+
+def test_few_factors_of_a_wide_net_go_along_directions_and_many_through_gradients() -> None:
+    def pays(layers: nn.Sequential, x: Tensor, count: int) -> bool:
+        loader = [(x, torch.zeros(len(x), dtype=torch.long))]
+        problem = inf.Problem.build(layers.eval(), nn.CrossEntropyLoss(), loader)
+        return inf.gradients._directions_pay(count, problem)
+
+    wide = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 10))
+    conv = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 2))
+    assert pays(wide, torch.randn(5, 64), 50)
+    assert not pays(wide, torch.randn(5, 64), 2000)
+    assert not pays(conv, torch.randn(5, 1, 8, 8), 200)

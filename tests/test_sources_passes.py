@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, TensorDataset
 
-from influence_framework import Diagonal, LinearOperator, Minibatches, Problem
+from influence_framework import Diagonal, LinearOperator, Minibatches, Problem, gradients
 from influence_framework.data import map_leaves
-from influence_framework.sources import streaming
 from tests import cases, nets, reference
 from tests.cases import Instance
 from tests.reference import CURVATURES, assert_close
@@ -93,7 +92,7 @@ def test_batch_size_does_not_matter(name: str, source: str) -> None:
 
 @pytest.mark.parametrize("name", ["tuple_inputs", "mapping_inputs", "embedding", "conv"])
 def test_a_tiny_memory_budget_gives_the_same(name: str, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "CACHE_BYTES", 0)
+    monkeypatch.setattr(gradients, "CACHE_BYTES", 0)
     problem = cases.problem(cases.make(name), memory_budget=TINY)
     assert not problem.cached
     assert problem.max_batch == 1
@@ -131,7 +130,7 @@ def test_batches_of_different_sequence_length(source: str) -> None:
 def test_columns_together_and_one_by_one(
     name: str, cache: int, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming, "CACHE_BYTES", cache)
+    monkeypatch.setattr(gradients, "CACHE_BYTES", cache)
     operator = cases.operator(source, cases.problem(cases.make(name)))
     columns = cases.columns(operator, 17)
     together = operator @ columns

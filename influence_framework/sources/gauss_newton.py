@@ -11,7 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence_framework.data import Batch
-from influence_framework.gradients import gradients_of, pull_back, sample_chunks, sample_jacobians
+from influence_framework.gradients import (
+    PushForward,
+    gradients_of,
+    pull_back,
+    sample_chunks,
+    sample_jacobians,
+)
 from influence_framework.layers import LayerCurvature, Tape, jacobians
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
@@ -20,27 +26,21 @@ from influence_framework.sources.streaming import Linearization, StreamingOperat
 
 
 class SandwichLinearization(Linearization):
-    """``v ↦ Jᵀ H (J v)`` with ``J`` the Jacobian of a batch-wise function of the parameters.
-
-    ``J v`` is had from reverse mode alone: ``w ↦ Jᵀ w`` is linear, and pulling ``v`` back through its
-    graph gives ``J v``. That needs no forward-mode rules and shares the one forward pass.
-    """
+    """``v ↦ Jᵀ H (J v)`` with ``J`` the Jacobian of a batch-wise function of the parameters."""
 
     outputs: Tensor
-    cotangent: Tensor
-    transposed: list[Tensor]
+    forward: PushForward
 
     def _record(self, outputs: Tensor) -> None:
         self.outputs = outputs
-        self.cotangent = torch.zeros_like(outputs, requires_grad=True)
-        self.transposed = gradients_of(outputs, self.leaves, self.cotangent)
+        self.forward = PushForward(outputs, self.leaves)
 
     @abstractmethod
     def _middle(self, tangents: Tensor) -> Tensor | None:
         """``H`` applied to ``k`` stacked output tangents; ``None`` where ``H`` is zero."""
 
     def apply(self, rows: Float[Tensor, "k P"]) -> Float[Tensor, "k P"]:
-        (tangents,) = pull_back(self.transposed, [self.cotangent], self.parameters.unflatten_rows(rows))
+        tangents = self.forward(self.parameters.unflatten_rows(rows))
         middle = None if tangents is None else self._middle(tangents)
         if middle is None:
             return torch.zeros_like(rows)

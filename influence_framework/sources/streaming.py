@@ -13,15 +13,13 @@ from torch import Tensor
 
 from influence_framework.data import Batch
 from influence_framework.errors import NonFiniteError
+from influence_framework.gradients import rows_at_once
 from influence_framework.layers import layer_batch, linear_layers
 from influence_framework.operators import Operator, dense_by_columns
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
 from influence_framework.protocols import LayerBatch, LinearOperator
 from influence_framework.sources.layered import Curvature, layered_dense
-
-CACHE_BYTES = 24 * 2**20
-"""Working set up to which several columns at a time are faster than one after the other on a CPU."""
 
 
 class Linearization(ABC):
@@ -46,14 +44,6 @@ class Linearization(ABC):
     @abstractmethod
     def apply(self, rows: Float[Tensor, "k P"]) -> Float[Tensor, "k P"]:
         """The product of this batch's curvature (of its mean loss) with ``k`` rows."""
-
-    def rows_at_once(self, budget: int) -> int:
-        """How many rows to push through the graphs together."""
-        if self.parameters.device.type != "cpu":
-            return max(1, budget // self.row_bytes)
-        together = CACHE_BYTES // self.row_bytes
-        # Batching a handful of rows gains less than the layouts that it forces cost.
-        return together if together >= 8 else 1
 
 
 @dataclass(eq=False)
@@ -166,7 +156,7 @@ def add_batch(
     budget: int,
 ) -> None:
     """Add ``weight · C_b · rows`` to ``product``, as many rows at a time as pays."""
-    step = linearization.rows_at_once(budget)
+    step = rows_at_once(rows.device, linearization.row_bytes, budget)
     for start in range(0, rows.shape[0], step):
         part = slice(start, start + step)
         product[part].add_(linearization.apply(rows[part]), alpha=weight)

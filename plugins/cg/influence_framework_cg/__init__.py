@@ -1,7 +1,8 @@
-"""The solver ``cg``, and the diagonal preconditioner ``jacobi``."""
+"""The solver ``cg``, the diagonal preconditioner ``jacobi``, and the model ``CgInfluence``."""
 
 from influence_framework import hookimpl
 from influence_framework.hookspecs import Register
+from influence_framework_cg.influence import CgInfluence
 from influence_framework_cg.jacobi import JacobiInverse, JacobiSolver
 from influence_framework_cg.solver import CgInverse, CgSolver
 
@@ -13,4 +14,4 @@ def register_solvers(register: Register) -> None:
     register("jacobi", JacobiSolver)
 
 
-__all__ = ["CgInverse", "CgSolver", "JacobiInverse", "JacobiSolver", "register_solvers"]
+__all__ = ["CgInfluence", "CgInverse", "CgSolver", "JacobiInverse", "JacobiSolver", "register_solvers"]

@@ -73,20 +73,21 @@ def _solve(factor: Float[Tensor, "m m"], columns: Float[Tensor, "m k"]) -> Float
 def orthonormal_rows(rows: Rows) -> Float[Tensor, "r P"]:
     """An orthonormal basis of the row space, dependent directions dropped.
 
-    From the eigenvectors of the Gram matrix of the normalised rows, in float64 and twice, since once
-    leaves the orthogonality lost in proportion to the square of the condition number.
+    From the eigenvectors of the Gram matrix of the normalised rows in float64, and again where that
+    leaves more than the rounding of the rows' own dtype: one pass loses orthogonality in proportion to
+    the square of the condition number.
     """
     norms = row_norms(rows)
     nonzero = norms > 0
-    basis = rows[nonzero] / norms[nonzero, None]
+    basis = (rows[nonzero] / norms[nonzero, None]).double()
     # Directions below this singular value are the rounding of the rows' own dtype.
-    smallest = 30 * torch.finfo(rows.dtype).eps
-    cutoff = max(smallest**2, 1e-14)
-    for _ in range(2):
-        wide = basis.double()
-        values, vectors = torch.linalg.eigh(wide @ wide.T)
-        if not len(values):
-            return basis
+    precision = torch.finfo(rows.dtype).eps
+    cutoff = max((30 * precision) ** 2, 1e-14)
+    while len(basis):
+        values, vectors = torch.linalg.eigh(basis @ basis.T)
         keep = values > cutoff * values[-1]
-        basis = ((vectors[:, keep] / values[keep].sqrt()).T @ wide).to(rows.dtype)
-    return basis
+        values, vectors = values[keep], vectors[:, keep]
+        basis = (vectors / values.sqrt()).T @ basis
+        if values[-1] / values[0] * torch.finfo(torch.float64).eps <= 100 * precision:
+            break
+    return basis.to(rows.dtype)

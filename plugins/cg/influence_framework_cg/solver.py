@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 from influence_framework.errors import InvalidInputError
 from influence_framework.inverses import Inverse, make_solution
-from influence_framework.operators import require_capabilities
+from influence_framework.operators import check_columns, require_capabilities
 from influence_framework.protocols import (
     InverseOperator,
     LinearOperator,
+    Preconditioning,
     Reregularizable,
     Solution,
     Solver,
@@ -25,6 +26,7 @@ from influence_framework.protocols import (
 )
 from influence_framework_cg.block import block_conjugate_gradients
 from influence_framework_cg.recurrence import Rows, Systems, conjugate_gradients, row_norms
+from influence_framework_cg.shifted import shifted_conjugate_gradients
 
 ATTAINABLE = 10.0
 """Relative residual, in units of the dtype's precision, below which nothing can be told from rounding."""
@@ -101,7 +103,7 @@ class CgSolver:
                 f"{name}.fit returned {type(fitted).__name__} where an inverse operator of shape "
                 f"{operator.shape} was expected: the preconditioner is faulty."
             )
-        return fitted
+        return fitted.preconditioner() if isinstance(fitted, Preconditioning) else fitted
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,31 +148,81 @@ class CgInverse(Inverse):
 
     def _solve(self, columns: Float[Tensor, "P k"]) -> Solution:
         rhs = columns.T.contiguous()
+        return self._solve_from(rhs, self._guess(rhs))
+
+    def solve_sweep(self, columns: Float[Tensor, "P k"], regularizations: Sequence[float]) -> list[Solution]:
+        """Solve for several λ: from one Krylov space where there is no preconditioner and ``block=False``.
+
+        Each solution is checked against its own system, and worked on where it is not there yet. With a
+        preconditioner, or ``block=True``, every λ is a solve of its own.
+
+        Raises:
+            InvalidInputError: Wrong shape, dtype or device.
+        """
+        check_columns(self, columns)
+        systems = [self.with_regularization(value) for value in regularizations]
+        if self.preconditioner is not None or self.solver.block or not columns.numel():
+            return [system.solve(columns) for system in systems]
+        rhs = columns.T.contiguous()
+        seed = self.with_regularization(min(regularizations))
+        shifts = torch.tensor(regularizations, dtype=torch.float64, device="cpu") - seed.regularization
+        with self._bar(len(rhs)) as progress:
+            guesses, spent = shifted_conjugate_gradients(
+                seed._apply,
+                rhs,
+                shifts.to(rhs),
+                0.5 * self._tolerance(row_norms(rhs)),
+                self._limit(rhs),
+                _notifier(progress),
+            )
+        solutions = [
+            system._solve_from(rhs, guess, spent) for system, guess in zip(systems, guesses, strict=True)
+        ]
+        for solution in solutions:
+            self.report(solution)
+        return solutions
+
+    def _bar(self, count: int) -> tqdm[Any]:
+        return tqdm(total=count, desc="Conjugate gradients", unit="system", disable=not self.solver.progress)
+
+    def _solve_from(self, rhs: Rows, guess: Rows | None, spent: Int[Tensor, " k"] | None = None) -> Solution:
         norms = row_norms(rhs)
-        with tqdm(
-            total=len(rhs), desc="Conjugate gradients", unit="system", disable=not self.solver.progress
-        ) as progress:
-            systems = self._systems(rhs, norms, _notifier(progress))
+        with self._bar(len(rhs)) as progress:
+            systems = self._systems(rhs, norms, guess, spent, _notifier(progress))
             remaining = self._run(systems, norms)
         relative = torch.where(norms == 0, 0.0, remaining.double() / norms.double())
         reasons = [reason or StopReason.CONVERGED for reason in systems.reason]
         return make_solution(systems.value.T, relative, reasons, systems.iterations.tolist())
 
-    def _systems(self, rhs: Rows, norms: Float[Tensor, " k"], notify: Callable[[int, int], None]) -> Systems:
-        value = self._initial(rhs)
+    def _tolerance(self, norms: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+        floor = ATTAINABLE * torch.finfo(norms.dtype).eps
+        return (max(self.solver.rtol, floor) * norms).clamp_min(self.solver.atol)
+
+    def _limit(self, rhs: Rows) -> int:
+        return 10 * rhs.shape[1] if self.solver.maxiter is None else self.solver.maxiter
+
+    def _systems(
+        self,
+        rhs: Rows,
+        norms: Float[Tensor, " k"],
+        guess: Rows | None,
+        spent: Int[Tensor, " k"] | None,
+        notify: Callable[[int, int], None],
+    ) -> Systems:
+        value = torch.zeros_like(rhs) if guess is None else guess.clone()
         value[norms == 0] = 0.0
-        maxiter = self.solver.maxiter
-        floor = ATTAINABLE * torch.finfo(rhs.dtype).eps
         return Systems(
             apply=self._apply,
             precondition=self._precondition,
             rhs=rhs,
             value=value,
-            residual=rhs.clone() if self.solver.x0 is None else rhs - self._apply(value),
-            tolerance=(max(self.solver.rtol, floor) * norms).clamp_min(self.solver.atol),
+            residual=rhs.clone() if guess is None else rhs - self._apply(value),
+            tolerance=self._tolerance(norms),
             reason=[None] * len(rhs),
-            iterations=torch.zeros(len(rhs), dtype=torch.int64, device=rhs.device),
-            limit=10 * rhs.shape[1] if maxiter is None else maxiter,
+            iterations=torch.zeros(len(rhs), dtype=torch.int64, device=rhs.device)
+            if spent is None
+            else spent.clone(),
+            limit=self._limit(rhs),
             notify=notify,
         )
 
@@ -180,7 +232,10 @@ class CgInverse(Inverse):
         active = torch.nonzero(norms).flatten()
         previous = row_norms(systems.residual)
         while len(active):
+            passes = systems.passes
             method(systems, active)
+            if systems.passes == passes:  # the guess was good, and its residual is a true one
+                break
             systems.residual[active] = systems.rhs[active] - self._apply(systems.value[active])
             latest = row_norms(systems.residual)
             systems.keep_best(active, latest[active])
@@ -206,10 +261,10 @@ class CgInverse(Inverse):
         )
         return active[claimed & (norms[active] > systems.tolerance[active])]
 
-    def _initial(self, rhs: Rows) -> Rows:
+    def _guess(self, rhs: Rows) -> Rows | None:
         guess = self.solver.x0
         if guess is None:
-            return torch.zeros_like(rhs)
+            return None
         if guess.shape not in (rhs.shape[1:], rhs.T.shape):
             raise InvalidInputError(
                 f"x0 must be ({rhs.shape[1]},) or {tuple(rhs.T.shape)} for these right-hand sides, got "

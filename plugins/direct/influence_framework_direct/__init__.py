@@ -2,6 +2,7 @@
 
 from influence_framework import hookimpl
 from influence_framework.hookspecs import Register
+from influence_framework_direct.influence import DirectInfluence
 from influence_framework_direct.solver import DirectInverse, DirectSolver
 
 
@@ -11,4 +12,4 @@ def register_solvers(register: Register) -> None:
     register("direct", DirectSolver)
 
 
-__all__ = ["DirectInverse", "DirectSolver", "register_solvers"]
+__all__ = ["DirectInfluence", "DirectInverse", "DirectSolver", "register_solvers"]

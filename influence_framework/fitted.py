@@ -1,0 +1,220 @@
+"""What a fit leaves behind: an inverse per block, and the way from there to factors and scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from influence_framework.data import Batch, random_state_kept, split
+from influence_framework.errors import InvalidInputError, NonFiniteError
+from influence_framework.gradients import (
+    Factors,
+    Name,
+    contract_perturbation,
+    contract_up,
+    sample_gradients,
+    samples_within,
+)
+from influence_framework.operators import require_capabilities
+from influence_framework.parameters import Blocks
+from influence_framework.problem import Problem, model_state
+from influence_framework.protocols import (
+    HessianSource,
+    InfluenceMode,
+    InverseOperator,
+    LinearOperator,
+    Reregularizable,
+    Solution,
+    Solver,
+    Sweepable,
+)
+
+SOLVE_COPIES = 12
+"""Vectors of the length of a right-hand side that an iterative solver holds for each of them."""
+
+
+@dataclass(frozen=True, eq=False)
+class FittedBlock:
+    """One block's share of the flat vector, its curvature and the inverse fitted to it.
+
+    ``index`` is ``None`` where the block is the whole vector.
+    """
+
+    name: str
+    index: Tensor | None
+    operator: LinearOperator
+    solver: Solver
+    inverse: InverseOperator
+
+    @classmethod
+    def fit(
+        cls, name: str, index: Tensor | None, operator: LinearOperator, solver: Solver, strength: float
+    ) -> Self:
+        """Fit ``solver`` to ``operator`` and check that what comes back is an inverse of its shape."""
+        require_capabilities(type(solver).__name__, operator, getattr(solver, "requires", ()))
+        inverse = solver.fit(operator, strength)
+        if not isinstance(inverse, InverseOperator) or inverse.shape != operator.shape:
+            raise InvalidInputError(
+                f"{type(solver).__name__}.fit returned {type(inverse).__name__} where an inverse operator "
+                f"of shape {operator.shape} was expected: the solver is faulty."
+            )
+        return cls(name, index, operator, solver, inverse)
+
+    @property
+    def selection(self) -> Tensor | slice:
+        """What picks this block's columns out of rows over the whole vector."""
+        return slice(None) if self.index is None else self.index
+
+    def with_regularization(self, strength: float) -> Self:
+        """At another λ: without fitting again where the inverse offers it."""
+        if not isinstance(self.inverse, Reregularizable):
+            return self.fit(self.name, self.index, self.operator, self.solver, strength)
+        return replace(self, inverse=self.inverse.with_regularization(strength))
+
+    def solve(self, gradients: Float[Tensor, "m P"]) -> Float[Tensor, "m q"]:
+        """This block's factors of rows over the whole vector."""
+        return self._rows(self.inverse.solve(gradients[:, self.selection].T))
+
+    def at_each(self, strengths: Sequence[float]) -> list[Self]:
+        """This block at each λ, as :meth:`solve_sweep` wants it: none where the inverse sweeps by itself."""
+        if isinstance(self.inverse, Sweepable):
+            return []
+        return [self.with_regularization(strength) for strength in strengths]
+
+    def solve_sweep(
+        self, gradients: Float[Tensor, "m P"], strengths: Sequence[float], at: Sequence[FittedBlock]
+    ) -> list[Float[Tensor, "m q"]]:
+        """Factors at each λ; ``at`` is what :meth:`at_each` returned for them."""
+        if not isinstance(self.inverse, Sweepable):
+            return [block.solve(gradients) for block in at]
+        columns = gradients[:, self.selection].T
+        return [self._rows(solution) for solution in self.inverse.solve_sweep(columns, strengths)]
+
+    def _rows(self, solution: Solution) -> Tensor:
+        value = solution.value.T
+        bad = torch.nonzero(~torch.isfinite(value).all(dim=1)).flatten().tolist()
+        if bad:
+            raise NonFiniteError(
+                f"{type(self.solver).__name__} returned NaN or infinity for {len(bad)} of {len(value)} "
+                f"right-hand sides in block {self.name!r} (positions {bad[:8]}): raise the regularisation, or "
+                "use another solver."
+            )
+        return value
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """Everything that ``fit`` leaves behind.
+
+    Attributes:
+        problem: Model, objective and data.
+        blocks: By name, in the order of the parameters.
+        state: The model's parameters and buffers as they were, to notice that it was trained on.
+    """
+
+    problem: Problem
+    blocks: dict[str, FittedBlock]
+    state: dict[str, Tensor]
+
+    @classmethod
+    def fit(
+        cls,
+        problem: Problem,
+        blocks: Blocks,
+        source: HessianSource,
+        solver: Solver,
+        strengths: Mapping[str, float],
+    ) -> Self:
+        """One inverse per block."""
+        fitted = {}
+        for name, parameters in blocks.items():
+            part = problem.parameters.subset(parameters)
+            operator = source.operator(problem, part)
+            index = problem.parameters.indices_of(part)
+            fitted[name] = FittedBlock.fit(name, index, operator, solver, strengths[name])
+        return cls(problem, fitted, model_state(problem.model))
+
+    def with_regularization(self, strengths: Mapping[str, float]) -> Self:
+        """The same at another λ per block."""
+        with random_state_kept():
+            blocks = {name: block.with_regularization(strengths[name]) for name, block in self.blocks.items()}
+        return replace(self, blocks=blocks)
+
+    def size(self, batch: Batch) -> int:
+        """Samples in ``batch``."""
+        return self.problem.objective.size(batch)
+
+    def factors(self, batch: Batch) -> dict[str, Float[Tensor, "m _q"]]:
+        """``(C + λI)⁻¹ ∇ℓ`` of every sample, by block."""
+        chunks = [
+            {name: block.solve(gradients) for name, block in self.blocks.items()}
+            for gradients in self._gradients(batch)
+        ]
+        return {name: torch.cat([chunk[name] for chunk in chunks]) for name in self.blocks}
+
+    def scores(self, test: Batch, train: Batch, mode: InfluenceMode) -> dict[str, Tensor]:
+        """Scores by block, solving for the smaller side where both will do."""
+        if mode is InfluenceMode.Up and self.size(train) < self.size(test):
+            return {name: part.T for name, part in self.scores(train, test, mode).items()}
+        parts = []
+        for gradients in self._gradients(test):
+            factors = {name: block.solve(gradients) for name, block in self.blocks.items()}
+            parts.append(self.contract(factors, train, mode))
+        return {name: torch.cat([part[name] for part in parts]) for name in self.blocks}
+
+    def sweep(
+        self, test: Batch, train: Batch, mode: InfluenceMode, strengths: Sequence[float]
+    ) -> dict[float, dict[str, Tensor]]:
+        """:meth:`scores` at each λ, with one pass over the gradients of each side for all of them."""
+        if mode is InfluenceMode.Up and self.size(train) < self.size(test):
+            swapped = self.sweep(train, test, mode, strengths)
+            return {s: {name: part.T for name, part in scores.items()} for s, scores in swapped.items()}
+        at = {name: block.at_each(strengths) for name, block in self.blocks.items()}
+        parts = []
+        for gradients in self._gradients(test, copies=SOLVE_COPIES * len(strengths)):
+            factors = {
+                (s, name): Factors(rows, block.index)
+                for name, block in self.blocks.items()
+                for s, rows in zip(strengths, block.solve_sweep(gradients, strengths, at[name]), strict=True)
+            }
+            parts.append(_contract(mode, factors, self.problem, train))
+        return {
+            s: {name: torch.cat([part[s, name] for part in parts]) for name in self.blocks} for s in strengths
+        }
+
+    def contract(self, factors: Mapping[str, Tensor], batch: Batch, mode: InfluenceMode) -> dict[str, Tensor]:
+        """Each block's scores, from one pass over the gradients for all blocks."""
+        parts = {name: Factors(factors[name], block.index) for name, block in self.blocks.items()}
+        return _contract(mode, parts, self.problem, batch)
+
+    def contract_whole(self, factors: Float[Tensor, "m P"], batch: Batch, mode: InfluenceMode) -> Tensor:
+        """Scores from factors over the whole vector."""
+        return _contract(mode, {"all": Factors(factors)}, self.problem, batch)["all"]
+
+    def assemble(self, factors: Mapping[str, Tensor]) -> Float[Tensor, "n P"]:
+        """Factors by block as rows in the order of the flat vector."""
+        count = len(next(iter(factors.values())))
+        parameters = self.problem.parameters
+        rows = torch.empty(count, parameters.numel, dtype=parameters.dtype, device=parameters.device)
+        for name, block in self.blocks.items():
+            rows[:, block.selection] = factors[name]
+        return rows
+
+    def _gradients(self, batch: Batch, copies: int = SOLVE_COPIES) -> Iterator[Float[Tensor, "m P"]]:
+        """Per-sample gradients, as many at a time as can be solved for within the budget."""
+        parameters = self.problem.parameters
+        count = samples_within(self.problem, parameters, self.problem.memory_budget, copies)
+        for chunk in split(batch, self.size(batch), count):
+            yield sample_gradients(self.problem, parameters, chunk)
+
+
+def _contract(
+    mode: InfluenceMode, factors: Mapping[Name, Factors], problem: Problem, batch: Batch
+) -> dict[Name, Tensor]:
+    contraction = contract_up if mode is InfluenceMode.Up else contract_perturbation
+    return contraction(factors, problem, batch)

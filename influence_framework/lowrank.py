@@ -1,0 +1,99 @@
+"""Inverses of low-rank approximations: a few eigenpairs, and one value for all the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from influence_framework.errors import InvalidInputError, NonFiniteError, SingularOperatorError
+from influence_framework.inverses import Inverse, make_solution
+from influence_framework.protocols import LinearOperator, Solution, StopReason
+
+NEAR = 1e-3
+"""A λ this near, relative to a negative eigenvalue, cancels it: 1/(θ + λ) is then mostly error."""
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankInverse(Inverse):
+    """``U (Θ + λI)⁻¹ Uᵀ + (τ + λ)⁻¹ (I − U Uᵀ)`` from eigenpairs ``(Θ, U)`` of ``C`` or near it.
+
+    ``τ`` stands for the eigenvalues outside the span of ``U``. With ``τ = 0`` this is ``(U Θ Uᵀ + λI)⁻¹``
+    by the Woodbury identity. One application costs ``4·P·r`` flops a column, another λ costs nothing.
+
+    Attributes:
+        base: ``C``.
+        regularization: λ.
+        values: Eigenvalues ``θ``, ``(r,)``, float64.
+        vectors: Orthonormal eigenvectors ``U``, ``(P, r)``.
+        tail: ``τ``; ``None`` leaves the complement of the span out. With ``τ + λ = 0`` it is left out too:
+            what remains is the pseudo-inverse.
+        errors: Bounds on the errors of the eigenvalues, ``(r,)`` float64, where they are known.
+
+    Raises:
+        SingularOperatorError: λ is so near to the magnitude of a negative eigenvalue, relative to it or to
+            its error, that the inverse would consist of that error.
+    """
+
+    base: LinearOperator
+    regularization: float
+    values: Float[Tensor, " r"]
+    vectors: Float[Tensor, "P r"]
+    tail: float | None = 0.0
+    errors: Float[Tensor, " r"] | None = None
+
+    def __post_init__(self) -> None:
+        if not torch.isfinite(self.values).all() or not torch.isfinite(self.vectors).all():
+            raise NonFiniteError("The eigenpairs of the low-rank approximation contain NaN or infinity.")
+        if self.tail is not None and self.tail + self.regularization < 0:
+            raise InvalidInputError(
+                f"The eigenvalue {self.tail:.4g} that stands for the complement, plus the regularisation "
+                f"{self.regularization:.4g}, must not be negative."
+            )
+        shifted = (self.values + self.regularization).abs()
+        margin = NEAR * self.values.abs()
+        if self.errors is not None:
+            margin = torch.maximum(margin, 2 * self.errors)
+        near = (self.values < 0) & (shifted <= margin)
+        if near.any():
+            raise self._cancelled(near, shifted)
+
+    def _cancelled(self, near: Bool[Tensor, " r"], shifted: Float[Tensor, " r"]) -> SingularOperatorError:
+        suggested = -2 * self.values.min().item()
+        distance = shifted[near].min().item()
+        condition = float("inf") if distance == 0 else shifted.max().item() / distance
+        return SingularOperatorError(
+            f"hessian_regularization={self.regularization:.4g} cancels the eigenvalue "
+            f"{self.values[near][0].item():.4g} of the curvature to within {distance:.1e}: scores would "
+            f"consist of that eigenvalue's error. Use {suggested:.3g}, twice the magnitude of the most "
+            "negative eigenvalue found, or the source 'gauss_newton'.",
+            condition,
+            suggested,
+        )
+
+    def _filters(self) -> tuple[Float[Tensor, " r"], float]:
+        """What is applied on the span beyond what is applied everywhere, and the latter."""
+        shifted = self.values + self.regularization
+        # Without regularisation, directions that are null to rounding belong to the pseudo-inverse's kernel.
+        largest = self.values.abs().max() if len(self.values) else 0.0
+        null = shifted.abs() <= torch.finfo(self.dtype).eps * largest
+        inside = torch.where(null, 0.0, 1.0 / torch.where(null, 1.0, shifted))
+        rest = 0.0 if self.tail is None else self.tail + self.regularization
+        outside = 1.0 / rest if rest > 0 else 0.0
+        return (inside - outside).to(self.vectors), outside
+
+    def _matmat(self, columns: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
+        extra, everywhere = self._filters()
+        return torch.addmm(columns, self.vectors, extra[:, None] * (self.vectors.T @ columns), beta=everywhere)
+
+    def _solve(self, columns: Float[Tensor, "P k"]) -> Solution:
+        count = columns.shape[1]
+        unmeasured = torch.full((count,), float("nan"), dtype=torch.float64, device="cpu")
+        return make_solution(self._matmat(columns), unmeasured, [StopReason.APPROXIMATION] * count)
+
+    def with_regularization(self, regularization: float) -> Self:
+        """Another λ over the same eigenpairs."""
+        return replace(self, regularization=regularization)
