@@ -23,7 +23,7 @@ from influence_framework.problem import (
     check_model,
     check_unchanged,
 )
-from influence_framework.protocols import HessianSource, InfluenceMode, Solver
+from influence_framework.protocols import HessianSource, InfluenceMode, InverseOperator, Solver
 from influence_framework.regularization import check_regularization, per_block
 
 
@@ -89,6 +89,11 @@ class TorchInfluenceFunctionModel:
     def is_fitted(self) -> bool:
         """Whether :meth:`fit` has succeeded."""
         return self._fit is not None
+
+    @property
+    def inverses(self) -> Mapping[str, InverseOperator]:
+        """The inverse fitted for each block, by name, with whatever its solver lets one see of it."""
+        return {name: block.inverse for name, block in self._fitted().blocks.items()}
 
     def fit(self, data: Iterable[Batch]) -> Self:
         """Read the training data and fit one inverse per block.

@@ -57,7 +57,8 @@ class LowRankInverse(Inverse):
         margin = NEAR * self.values.abs()
         if self.errors is not None:
             margin = torch.maximum(margin, 2 * self.errors)
-        near = (self.values < 0) & (shifted <= margin)
+        rounding = torch.finfo(self.dtype).eps * self.values.abs().max() if len(self.values) else 0.0
+        near = (self.values < -rounding) & (shifted <= margin)
         if near.any():
             raise self._cancelled(near, shifted)
 

@@ -34,6 +34,9 @@ OFFICIAL_DISTRIBUTIONS = {
     "direct": "influence-framework-direct",
     "cg": "influence-framework-cg",
     "jacobi": "influence-framework-cg",
+    "lissa": "influence-framework-lissa",
+    "arnoldi": "influence-framework-arnoldi",
+    "nystroem": "influence-framework-nystroem",
 }
 """Which distribution to install for a name that is documented but absent."""
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import influence_framework as inf
 from influence_framework.data import RandomState
-from tests import cases, nets
+from tests import cases, nets, small
 from tests.cases import Instance
 from tests.fits import compose, fitted
 
@@ -297,3 +297,11 @@ def test_what_it_is_and_says() -> None:
         assert part in text
     assert "not fitted" not in text
     assert "\n" not in text
+
+
+def test_the_inverses_are_there_to_be_looked_at() -> None:
+    with pytest.raises(inf.NotFittedError):
+        _ = small.model().inverses
+    influence = small.fitted(blocks="per_layer")
+    assert list(influence.inverses) == ["0", "2"]
+    assert all(isinstance(inverse, inf.InverseOperator) for inverse in influence.inverses.values())

@@ -59,7 +59,7 @@ def test_without_the_complement_it_acts_on_the_span_alone() -> None:
 
 
 def test_without_regularisation_it_is_the_pseudo_inverse() -> None:
-    theta, vectors, matrix = pairs([3.0, 1.0, 1e-17, 0.0])
+    theta, vectors, matrix = pairs([3.0, 1.0, 1e-17, -1e-17, 0.0])
     inverse = LowRankInverse(DenseOperator(matrix), 0.0, theta, vectors)
     assert_close(inverse @ EYE, torch.linalg.pinv(matrix, rtol=1e-12), 1e-10)
 

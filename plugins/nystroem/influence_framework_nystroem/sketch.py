@@ -1,0 +1,105 @@
+"""The sketch ``Y = C Ω``, and the Nyström approximation that it holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from influence_framework.protocols import LinearOperator
+from influence_framework_nystroem.spectrum import Apply, inner, normal_columns
+
+ROUNDING = 10.0
+"""What may be zero but for rounding, in units of the dtype's precision times the norm."""
+
+
+@dataclass(frozen=True, eq=False)
+class Approximation:
+    """``C ≈ U diag(θ) Uᵀ``.
+
+    Attributes:
+        values: ``θ``, ``(r,)`` float64, descending, each positive beyond rounding.
+        vectors: ``U``, ``(P, r)`` with orthonormal columns.
+        rounding: The magnitude up to which an eigenvalue cannot be told from zero.
+    """
+
+    values: Float[Tensor, " r"]
+    vectors: Float[Tensor, "P r"]
+    rounding: float
+
+
+@dataclass(frozen=True, eq=False)
+class Sketch:
+    """A test matrix and its product with ``C``.
+
+    Attributes:
+        test: ``Ω``, ``(P, s)`` with orthonormal columns.
+        product: ``Y = C Ω``.
+    """
+
+    test: Float[Tensor, "P s"]
+    product: Float[Tensor, "P s"]
+
+    @classmethod
+    def empty(cls, operator: LinearOperator) -> Self:
+        """Of no columns."""
+        nothing = torch.empty((operator.shape[0], 0), dtype=operator.dtype, device=operator.device)
+        return cls(nothing, nothing)
+
+    @cached_property
+    def core(self) -> Float[Tensor, "s s"]:
+        """``Ωᵀ C Ω``, float64."""
+        core = inner(self.test, self.product)
+        return (core + core.T) / 2
+
+    def widened(self, apply: Apply, width: int, passes: int, generator: torch.Generator) -> Sketch:
+        """With ``width`` columns, or ``P``; the new ones alone are multiplied, ``passes + 1`` times."""
+        size, present = self.test.shape
+        added = min(width, size) - present
+        if not added:
+            return self
+        fresh = self._orthonormal(normal_columns(self.test, added, generator))
+        product = apply(fresh)
+        for _ in range(passes):
+            fresh = self._orthonormal(product)
+            product = apply(fresh)
+        return Sketch(torch.cat([self.test, fresh], dim=1), torch.cat([self.product, product], dim=1))
+
+    def _orthonormal(self, columns: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
+        """An orthonormal basis of what the columns add to the span of ``Ω``."""
+        basis: Tensor = torch.linalg.qr(self._outside(columns)).Q
+        # What cancellation leaves of columns nearly in the span is not orthogonal to it: once more.
+        return torch.linalg.qr(self._outside(basis)).Q if self.test.shape[1] else basis
+
+    def _outside(self, columns: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
+        return columns - self.test @ (self.test.T @ columns)
+
+    def approximation(self, rank: int) -> Approximation:
+        """``⟦Y (Ωᵀ Y)⁺ Yᵀ⟧`` of at most this rank, for ``C`` positive semidefinite up to rounding.
+
+        Tropp, Yurtsever, Udell and Cevher (2017), "Fixed-Rank Approximation of a Positive-Semidefinite
+        Matrix from Streaming Data", algorithm 3: the matrix approximated is ``C + νI`` with a small ``ν``, for
+        which ``Ωᵀ (C + νI) Ω`` has a Cholesky factor, and ``ν`` is subtracted from the eigenvalues. Here ``ν``
+        is at least twice the magnitude of a negative eigenvalue of ``Ωᵀ C Ω``, so that the factor always
+        exists. ``Y + νΩ`` is factored in the dtype of ``C``, to whose rounding ``Y`` is known, and the small
+        matrices in float64.
+        """
+        precision = torch.finfo(self.product.dtype).eps
+        norm = torch.linalg.vector_norm(self.product, dtype=torch.float64).item()
+        if norm == 0:
+            return Approximation(self.test.new_empty(0).double(), self.test[:, :0], 0.0)
+        shift = max(precision * norm, -2.0 * torch.linalg.eigvalsh(self.core)[0].item())
+        shifted = self.core.clone()
+        shifted.diagonal().add_(shift)
+        factor = torch.linalg.cholesky(shifted, upper=True)
+        basis, triangle = torch.linalg.qr(torch.add(self.product, self.test, alpha=shift))
+        root = torch.linalg.solve_triangular(factor, triangle.double(), upper=True, left=False)
+        left, singular, _ = torch.linalg.svd(root)
+        values = singular[:rank].square() - shift
+        rounding = ROUNDING * precision * max(norm, values[0].item())
+        values = values[values > rounding]
+        return Approximation(values, basis @ left[:, : len(values)].to(basis.dtype), rounding)

@@ -1,0 +1,279 @@
+"""The solver ``nystroem``: options, the search for a rank, and what is said of indefinite curvature."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from influence_framework.errors import (
+    ConvergenceWarning,
+    IndefiniteOperatorWarning,
+    InvalidInputError,
+    NonFiniteError,
+    SingularOperatorError,
+)
+from influence_framework.lowrank import LowRankInverse
+from influence_framework.protocols import LinearOperator
+from influence_framework_nystroem.sketch import Approximation, Sketch
+from influence_framework_nystroem.spectrum import Apply, residual_norm, ritz_values
+
+FIRST_RANK = 32
+"""Where the search for a rank starts; it doubles from there."""
+
+CLOSER_LOOK = 10
+"""Products that bring an estimate of the most negative eigenvalue within a small factor, once one is seen."""
+
+NEGLIGIBLE = 1e-3
+"""A negative eigenvalue below this fraction of λ changes the inverse by less than a sketch gets wrong."""
+
+
+@dataclass(frozen=True)
+class NystroemSolver:
+    """Randomised Nyström approximation of rank ``r``, made for positive semidefinite curvature.
+
+    ``C ≈ Ĉ = U Θ Uᵀ = ⟦(C Ω) (Ωᵀ C Ω)⁺ (C Ω)ᵀ⟧_r`` with a random orthonormal ``Ω`` of ``r + oversampling``
+    columns, all multiplied in one pass over the data: Tropp, Yurtsever, Udell and Cevher (2017),
+    "Fixed-Rank Approximation of a Positive-Semidefinite Matrix from Streaming Data", algorithm 3. Then
+    ``(C + λI)⁻¹ ≈ U (Θ + λI)⁻¹ Uᵀ + λ⁻¹ (I − U Uᵀ)``, exact where ``r`` reaches the rank of ``C``; its error is
+    at most ``λ⁻¹ ‖E‖ / (‖E‖ + λ)`` for ``E = C − Ĉ``: Frangella, Tropp and Udell (2023), "Randomized Nyström
+    Preconditioning", §3. With λ = 0 it is the pseudo-inverse of ``Ĉ``.
+
+    The approximation knows nothing of negative curvature, which is looked for in the span of ``Ω`` and,
+    by a few steps of Davidson's method, around it. What is found is warned of; where its magnitude
+    reaches λ, it is refused.
+
+    Memory is five ``P × (r + oversampling)`` matrices while the approximation is made, and one afterwards.
+
+    Attributes:
+        rank: ``r``, the most eigenpairs kept; or ``"auto"``: doubled, keeping all products, until an estimate
+            of ``‖C − Ĉ‖`` is at most ``tolerance · λ``.
+        seed: Of the generator of all random vectors.
+        oversampling: Test vectors beyond the rank.
+        power_passes: How often the test vectors are replaced by an orthonormal basis of their products
+            first: better eigenpairs of a slowly decaying spectrum, for a pass over the data each.
+        checks: Products with one vector that look for negative curvature that the sketch does not see. 0 is
+            safe where ``C`` is positive semidefinite by construction.
+        tolerance: Of ``"auto"``, relative to λ.
+        max_rank: Where ``"auto"`` gives up, with a warning.
+        progress: Show a bar that counts the columns multiplied.
+    """
+
+    rank: int | Literal["auto"] = 50
+    seed: int = 0
+    oversampling: int = 0
+    power_passes: int = 0
+    checks: int = 4
+    tolerance: float = 1.0
+    max_rank: int = 512
+    progress: bool = False
+
+    fixed: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.rank != "auto" and not _is_count(self.rank, 1):
+            raise InvalidInputError(f"rank must be a positive integer or 'auto', got {self.rank!r}.")
+        for name, least in (
+            ("seed", 0),
+            ("oversampling", 0),
+            ("power_passes", 0),
+            ("checks", 0),
+            ("max_rank", 1),
+        ):
+            value = getattr(self, name)
+            if not _is_count(value, least):
+                raise InvalidInputError(f"{name} must be an integer of at least {least}, got {value!r}.")
+        if not (isinstance(self.tolerance, int | float) and 0 < self.tolerance < math.inf):
+            raise InvalidInputError(f"tolerance must be finite and positive, got {self.tolerance!r}.")
+
+    def fit(self, operator: LinearOperator, regularization: float) -> NystroemInverse:
+        """Sketch the operator and look for what the sketch cannot represent.
+
+        Raises:
+            SingularOperatorError: ``C`` has a negative eigenvalue of magnitude λ or more.
+            InvalidInputError: λ = 0 with ``rank="auto"``, or neither float32 nor float64.
+            NonFiniteError: A product contains NaN or infinity.
+
+        Warns:
+            IndefiniteOperatorWarning: ``C`` has a negative eigenvalue of smaller magnitude.
+            ConvergenceWarning: ``rank="auto"`` ended at ``max_rank``.
+        """
+        if operator.dtype not in (torch.float32, torch.float64):
+            raise InvalidInputError(
+                f"'nystroem' factors float32 and float64 matrices, not {operator.dtype}: convert model and "
+                "data."
+            )
+        if self.rank == "auto" and not regularization > 0:
+            raise InvalidInputError(
+                "rank='auto' looks for an error below the regularisation, so that hessian_regularization must "
+                f"be positive, got {regularization}: raise it, or give the rank as a number."
+            )
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        with tqdm(desc="Nyström sketch", unit="column", disable=not self.progress) as bar:
+            apply = _counted(operator, bar)
+            sketch, approximation, error = self._sketch(operator, apply, regularization, generator)
+            lowest = self._lowest(apply, sketch, approximation, operator, regularization)
+        return NystroemInverse(
+            operator,
+            regularization,
+            approximation.values,
+            approximation.vectors,
+            solver=self,
+            lowest=lowest,
+            error=error,
+        )
+
+    def _sketch(
+        self, operator: LinearOperator, apply: Apply, regularization: float, generator: torch.Generator
+    ) -> tuple[Sketch, Approximation, float | None]:
+        """The sketch, the approximation from it, and the error of that where it decided the rank.
+
+        Frangella, Tropp and Udell (2023), §5.4, with Lanczos in place of the power method.
+        """
+        sketch = Sketch.empty(operator)
+        rank = min(FIRST_RANK, self.max_rank) if self.rank == "auto" else self.rank
+        while True:
+            sketch = sketch.widened(apply, rank + self.oversampling, self.power_passes, generator)
+            approximation = sketch.approximation(rank)
+            if self.rank != "auto":
+                return sketch, approximation, None
+            error = residual_norm(apply, approximation.values, approximation.vectors, generator)
+            if error <= self.tolerance * regularization or rank >= operator.shape[0]:
+                return sketch, approximation, error
+            if rank == self.max_rank:
+                warnings.warn(
+                    f"rank='auto' ended at max_rank={rank} with an error of about {error:.3g}, above "
+                    f"{self.tolerance:g} times the regularisation {regularization:.3g}: raise max_rank or the "
+                    "regularisation.",
+                    ConvergenceWarning,
+                    stacklevel=3,
+                )
+                return sketch, approximation, error
+            rank = min(2 * rank, self.max_rank)
+
+    def _lowest(
+        self,
+        apply: Apply,
+        sketch: Sketch,
+        approximation: Approximation,
+        operator: LinearOperator,
+        regularization: float,
+    ) -> float:
+        """The most negative eigenvalue of ``C``, estimated from above; 0 where none is seen.
+
+        The search starts in the span of ``Ω``, where all products are known, and the deflated inverse leads
+        it away from the large eigenvalues. It is positive definite, so that it hides no negative one.
+        """
+        precondition = _deflated(operator, regularization, approximation).__matmul__
+        negligible = max(approximation.rounding, NEGLIGIBLE * regularization)
+        lowest = 0.0
+        seen = ritz_values(apply, precondition, sketch.test, sketch.product, sketch.core)
+        for products, values in enumerate(seen):
+            lowest = values[0].item()
+            if products >= (CLOSER_LOOK if lowest < -negligible else self.checks):
+                break
+        return lowest if lowest < -approximation.rounding else 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class NystroemInverse(LowRankInverse):
+    """``U (Θ + λI)⁻¹ Uᵀ + λ⁻¹ (I − U Uᵀ)``, the inverse of ``Ĉ + λI``.
+
+    Attributes:
+        solver: The options it was fitted with.
+        lowest: Estimate, from above, of the most negative eigenvalue of ``C``; 0 where none was seen.
+        error: Estimate of ``‖C − Ĉ‖`` where ``fit`` made one.
+    """
+
+    solver: NystroemSolver = field(kw_only=True)
+    lowest: float = field(kw_only=True)
+    error: float | None = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if -self.lowest <= NEGLIGIBLE * self.regularization:
+            return
+        found = f"The curvature is indefinite, with an eigenvalue of {self.lowest:.4g} or less"
+        if self.lowest + self.regularization <= 0:
+            suggested = -2 * self.lowest
+            raise SingularOperatorError(
+                f"{found}, which a Nyström approximation takes for zero: with hessian_regularization="
+                f"{self.regularization:.4g} its inverse has nothing to do with that of C + λI. Use at least "
+                f"{suggested:.3g}, twice the magnitude, or the source 'gauss_newton'.",
+                self._condition(),
+                suggested,
+            )
+        warnings.warn(
+            f"{found}, which a Nyström approximation takes for zero: with hessian_regularization="
+            f"{self.regularization:.4g} its inverse is {-self.lowest / self.regularization:.1%} too small "
+            "along the eigenvector. Raise it, or use the source 'gauss_newton'.",
+            IndefiniteOperatorWarning,
+            stacklevel=4,
+        )
+
+    def _condition(self) -> float:
+        """Of ``C + λI``, from the eigenvalues seen."""
+        ends = torch.tensor([self.lowest, *self.values[:1].tolist()], dtype=torch.float64, device="cpu")
+        shifted = (ends + self.regularization).abs()
+        return (shifted.max() / shifted[0]).item()
+
+    @cached_property
+    def error_estimate(self) -> float:
+        """``‖C − Ĉ‖₂``, estimated from below by a few products with single vectors."""
+        if self.error is not None:
+            return self.error
+        # Not the seed of the sketch: on its own test vectors the approximation is exact.
+        generator = torch.Generator("cpu").manual_seed(self.solver.seed + 1)
+        return residual_norm(self.base.__matmul__, self.values, self.vectors, generator)
+
+    def preconditioner(self) -> LowRankInverse:
+        """``U (Θ + λI)⁻¹ Uᵀ + (θ_r + λ)⁻¹ (I − U Uᵀ)``, with ``θ_r`` the smallest eigenvalue kept.
+
+        Up to the factor ``θ_r + λ`` this is equation 5.3 of Frangella, Tropp and Udell (2023): the large
+        eigenvalues come down to the level of the rest, which stays as it is, where ``λ⁻¹`` would spread it
+        out. Positive definite at λ = 0 too, since no eigenvalue kept is zero.
+        """
+        return _deflated(self.base, self.regularization, self)
+
+    def with_regularization(self, regularization: float) -> NystroemInverse:
+        """Another λ over the same eigenpairs; a new fit where ``rank="auto"`` has too few for it."""
+        if self.solver.rank == "auto" and self.error_estimate > self.solver.tolerance * regularization:
+            return self.solver.fit(self.base, regularization)
+        return super().with_regularization(regularization)
+
+
+def _deflated(
+    operator: LinearOperator, regularization: float, pairs: Approximation | NystroemInverse
+) -> LowRankInverse:
+    # Where C has no positive eigenvalue, the identity is as good as any multiple of it.
+    tail = pairs.values[-1].item() if len(pairs.values) else 1.0
+    return LowRankInverse(operator, regularization, pairs.values, pairs.vectors, tail)
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _counted(operator: LinearOperator, bar: tqdm[Any]) -> Apply:
+    """The product with ``operator``, checked and shown."""
+
+    def apply(columns: Tensor) -> Tensor:
+        product = operator @ columns
+        if not torch.isfinite(product).all():
+            raise NonFiniteError(
+                "A product with the curvature contains NaN or infinity: check the scale of the data and of the "
+                "parameters."
+            )
+        bar.update(columns.shape[1])
+        return product
+
+    return apply
+
+
+__all__ = ["NystroemInverse", "NystroemSolver"]

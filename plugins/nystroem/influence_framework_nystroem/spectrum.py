@@ -1,0 +1,99 @@
+"""Eigenvalues estimated from a few products with single vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from influence_framework.protocols import LinearOperator
+
+Apply = Callable[[Tensor], Tensor]
+"""``(P, k)`` columns to their product, of the same shape."""
+
+SLAB = 2**16
+"""Rows that :func:`inner` converts to float64 at a time."""
+
+NORM_STEPS = 10
+"""Products that bring an estimate of a norm within some percent."""
+
+
+def inner(left: Float[Tensor, "P r"], right: Float[Tensor, "P s"]) -> Float[Tensor, "r s"]:
+    """``leftᵀ right``, accumulated in float64 without a copy of both in float64."""
+    total = left.new_zeros(left.shape[1], right.shape[1], dtype=torch.float64)
+    for a, b in zip(left.split(SLAB), right.split(SLAB), strict=True):
+        total.addmm_(a.double().T, b.double())
+    return total
+
+
+def normal_columns(like: LinearOperator | Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """``(P, count)`` standard normal numbers, the same on every device."""
+    columns = torch.randn((like.shape[0], count), generator=generator, dtype=like.dtype, device="cpu")
+    return columns.to(like.device)
+
+
+def ritz_values(
+    apply: Apply,
+    precondition: Apply,
+    basis: Float[Tensor, "P s"],
+    products: Float[Tensor, "P s"],
+    projected: Float[Tensor, "s s"],
+) -> Iterator[Float[Tensor, " _k"]]:
+    """Ascending Ritz values of ``C`` in a given space, and again with every product by which it grows.
+
+    Davidson's method for the lowest eigenpair: the space grows by its preconditioned residual. Morgan
+    and Scott (1986), "Generalizations of Davidson's Method for Computing Eigenvalues of Sparse
+    Symmetric Matrices", §2. From one vector and without a preconditioner it is the method of Lanczos,
+    whose values come near to both ends of the spectrum. But for rounding, none is ever beyond them.
+
+    Args:
+        apply: The product with ``C``.
+        precondition: That with a positive definite matrix near to the inverse of ``C``.
+        basis: Orthonormal columns.
+        products: ``C`` times these.
+        projected: ``basisᵀ products``, symmetric, float64.
+    """
+    size, precision = basis.shape[0], torch.finfo(basis.dtype).eps
+    # In blocks, of which the first is wide: extending it would copy it every time.
+    bases, images = [basis], [products]
+    while True:
+        values, vectors = torch.linalg.eigh(projected)
+        yield values
+        lowest = vectors[:, :1].to(basis.dtype).split([block.shape[1] for block in bases])
+        residual = _combination(images, lowest) - values[0].item() * _combination(bases, lowest)
+        exact = torch.linalg.vector_norm(residual) <= 10 * precision * torch.linalg.vector_norm(products)
+        if exact or len(projected) == size:
+            return
+        fresh = precondition(residual)
+        for _ in range(2):
+            fresh = fresh / torch.linalg.vector_norm(fresh)
+            for block in bases:
+                fresh = fresh - block @ (block.T @ fresh)
+        fresh = fresh / torch.linalg.vector_norm(fresh)
+        bases.append(fresh)
+        images.append(apply(fresh))
+        border = torch.cat([block.T @ images[-1] for block in bases]).double()
+        projected = torch.cat([torch.cat([projected, border[:-1]], dim=1), border.T])
+
+
+def _combination(blocks: Sequence[Tensor], coefficients: Sequence[Tensor]) -> Float[Tensor, "P 1"]:
+    return torch.stack([block @ part for block, part in zip(blocks, coefficients, strict=True)]).sum(0)
+
+
+def residual_norm(
+    apply: Apply, values: Float[Tensor, " r"], vectors: Float[Tensor, "P r"], generator: torch.Generator
+) -> float:
+    """``‖C − U diag(θ) Uᵀ‖₂``, estimated from below; ``apply`` is the product with ``C``."""
+
+    def negative(columns: Tensor) -> Tensor:
+        return vectors @ (values.to(columns)[:, None] * (vectors.T @ columns)) - apply(columns)
+
+    start = normal_columns(vectors, 1, generator)
+    start = start / torch.linalg.vector_norm(start)
+    product = negative(start)
+    seen = ritz_values(negative, lambda columns: columns, start, product, inner(start, product))
+    *_, last = islice(seen, NORM_STEPS)
+    return last.abs().max().item()

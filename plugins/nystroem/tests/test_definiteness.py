@@ -1,0 +1,129 @@
+"""``nystroem`` on indefinite curvature: noticed in the sketch and around it, never clamped without a word."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from influence_framework_nystroem import NystroemSolver
+from influence_framework_nystroem.sketch import Sketch
+
+from influence_framework import DenseOperator, IndefiniteOperatorWarning, SingularOperatorError
+
+LAMBDA = 1e-2
+
+
+def symmetric(*parts: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    values = torch.cat([part.double() for part in parts])
+    generator = torch.Generator().manual_seed(seed)
+    basis, _ = torch.linalg.qr(torch.randn(len(values), len(values), generator=generator, dtype=torch.float64))
+    matrix = basis @ torch.diag(values) @ basis.T
+    return (matrix + matrix.T) / 2
+
+
+def hidden(magnitude: float, size: int = 400, seed: int = 0) -> torch.Tensor:
+    """A single negative eigenvalue among many positive ones: a sketch of ten vectors does not see it."""
+    top, bulk = torch.logspace(1, -1, 6), torch.linspace(2e-3, 1e-3, size - 7)
+    return symmetric(top, bulk, torch.tensor([-magnitude], dtype=torch.float64), seed=seed)
+
+
+def spread(magnitude: float, size: int = 200) -> torch.Tensor:
+    """Half of the spectrum negative: any sketch sees it."""
+    return symmetric(torch.logspace(1, -1, 6), torch.linspace(-magnitude, 1e-3, size - 6))
+
+
+def compressed(matrix: torch.Tensor, solver: NystroemSolver) -> torch.Tensor:
+    """The eigenvalues of ``Ωᵀ C Ω`` that the solver works with."""
+    generator = torch.Generator().manual_seed(solver.seed)
+    empty = Sketch.empty(DenseOperator(matrix))
+    sketch = empty.widened(matrix.__matmul__, int(solver.rank) + solver.oversampling, 0, generator)
+    return torch.linalg.eigvalsh(sketch.test.T @ sketch.product)
+
+
+def test_pitfall_negative_eigenvalues_clamped_without_a_word() -> None:
+    """With the negative half of the spectrum taken for zero, the inverse is off by almost all of itself."""
+    matrix = symmetric(torch.logspace(0, -2, 20), -torch.logspace(0, -2, 20))
+    identity = torch.eye(40, dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(matrix)
+    clamped = vectors @ torch.diag(1 / (values.clamp_min(0) + LAMBDA)) @ vectors.T
+    exact = torch.linalg.inv(matrix + LAMBDA * identity)
+    assert torch.linalg.norm(clamped - exact) > 0.9 * torch.linalg.norm(exact)
+    for rank in (5, 20, 40):
+        with pytest.raises(SingularOperatorError, match="has nothing to do with that of C"):
+            NystroemSolver(rank=rank).fit(DenseOperator(matrix), LAMBDA)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("seed", range(4))
+def test_what_the_sketch_does_not_see_is_seen_around_it(seed: int, dtype: torch.dtype) -> None:
+    matrix, solver = hidden(2 * LAMBDA, seed=seed), NystroemSolver(rank=10, seed=seed)
+    assert compressed(matrix, solver)[0] > 0
+    with pytest.raises(SingularOperatorError, match="indefinite"):
+        solver.fit(DenseOperator(matrix.to(dtype)), LAMBDA)
+
+
+@pytest.mark.parametrize("rank", [10, 40])
+@pytest.mark.parametrize("times", [1.5, 5, 50])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_suggestion_is_twice_the_magnitude_of_the_eigenvalue(seed: int, times: float, rank: int) -> None:
+    """However much of its eigenvector the sketch has mixed into large eigenpairs of its own."""
+    solver = NystroemSolver(rank=rank, seed=seed)
+    with pytest.raises(SingularOperatorError) as caught:
+        solver.fit(DenseOperator(hidden(times * LAMBDA, seed=seed)), LAMBDA)
+    exact = 2 * times * LAMBDA
+    assert 0.95 * exact <= caught.value.suggested_regularization <= exact * (1 + 1e-9)
+
+
+def test_condition_and_suggestion_are_those_of_the_shifted_matrix() -> None:
+    matrix = symmetric(torch.tensor([-0.5, 1.0, 2.0]))
+    with pytest.raises(SingularOperatorError, match=r"eigenvalue of -0\.5 or less.*at least 1,") as caught:
+        NystroemSolver(rank=3).fit(DenseOperator(matrix), 0.25)
+    assert caught.value.condition == pytest.approx(2.25 / 0.25)
+    assert caught.value.suggested_regularization == pytest.approx(1.0)
+    with pytest.warns(IndefiniteOperatorWarning):
+        NystroemSolver(rank=3).fit(DenseOperator(matrix), caught.value.suggested_regularization)
+
+
+@pytest.mark.parametrize("matrix", [hidden(2e-3), spread(2e-3)], ids=["hidden", "spread"])
+@pytest.mark.parametrize("rank", [10, 60])
+def test_a_small_negative_part_is_warned_of_and_replaced_by_zero(matrix: torch.Tensor, rank: int) -> None:
+    with pytest.warns(IndefiniteOperatorWarning, match="takes for zero") as caught:
+        inverse = NystroemSolver(rank=rank).fit(DenseOperator(matrix), LAMBDA)
+    assert len(caught) == 1
+    assert -2e-3 * (1 + 1e-9) <= inverse.lowest <= -1.8e-3
+    assert f"{-inverse.lowest / LAMBDA:.1%} too small" in str(caught[0].message)
+    identity = torch.eye(len(matrix), dtype=torch.float64)
+    applied = inverse @ identity
+    spectrum = torch.linalg.eigvalsh((applied + applied.T) / 2)
+    assert spectrum[0] > 0
+    assert spectrum[-1] <= 1 / LAMBDA * (1 + 1e-9)
+    # 20 % along the negative eigenvectors, and what the sketch leaves out of a tail of 2e-3.
+    exact = torch.linalg.inv(matrix + LAMBDA * identity)
+    assert torch.linalg.matrix_norm(applied - exact, ord=2) <= 0.4 * torch.linalg.matrix_norm(exact, ord=2)
+
+
+def test_a_negligible_negative_part_is_not_worth_a_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        inverse = NystroemSolver(rank=10).fit(DenseOperator(spread(2e-3)), 10.0)
+        assert inverse.lowest < 0
+    with pytest.warns(IndefiniteOperatorWarning):
+        inverse.with_regularization(LAMBDA)
+    with pytest.raises(SingularOperatorError):
+        inverse.with_regularization(1e-4)
+
+
+def test_no_checks_leave_it_to_the_sketch() -> None:
+    solver = NystroemSolver(rank=10, checks=0)
+    assert solver.fit(DenseOperator(hidden(2e-3)), LAMBDA).lowest == 0.0
+    with pytest.warns(IndefiniteOperatorWarning):
+        solver.fit(DenseOperator(spread(2e-3)), LAMBDA)
+
+
+@pytest.mark.parametrize("checks", [0, 6])
+def test_the_full_space_knows_the_most_negative_eigenvalue(checks: int) -> None:
+    matrix = symmetric(torch.logspace(1, -1, 30), torch.tensor([-2e-3], dtype=torch.float64))
+    with pytest.warns(IndefiniteOperatorWarning):
+        inverse = NystroemSolver(rank=31, checks=checks).fit(DenseOperator(matrix), LAMBDA)
+    assert inverse.lowest == pytest.approx(-2e-3, rel=1e-9)
