@@ -124,6 +124,8 @@ class NystroemSolver:
             regularization,
             approximation.values,
             approximation.vectors,
+            # Nothing is outside a basis of the whole space but rounding, which λ⁻¹ would blow up.
+            tail=None if len(approximation.values) == operator.shape[0] else 0.0,
             solver=self,
             lowest=lowest,
             error=error,

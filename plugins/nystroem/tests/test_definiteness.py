@@ -121,6 +121,16 @@ def test_no_checks_leave_it_to_the_sketch() -> None:
         solver.fit(DenseOperator(spread(2e-3)), LAMBDA)
 
 
+def test_negative_curvature_once_seen_is_followed() -> None:
+    matrix = symmetric(torch.logspace(1, -1, 6), torch.linspace(-2e-3, 2e-3, 994))
+    with pytest.warns(IndefiniteOperatorWarning):
+        glance, look = (
+            NystroemSolver(rank=10, checks=checks).fit(DenseOperator(matrix), LAMBDA).lowest
+            for checks in (0, 10)
+        )
+    assert glance == look <= -1.8e-3
+
+
 @pytest.mark.parametrize("checks", [0, 6])
 def test_the_full_space_knows_the_most_negative_eigenvalue(checks: int) -> None:
     matrix = symmetric(torch.logspace(1, -1, 30), torch.tensor([-2e-3], dtype=torch.float64))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from influence_framework_nystroem import NystroemSolver
 from influence_framework_nystroem.sketch import Sketch
+from influence_framework_nystroem.spectrum import ritz_values
 
 from influence_framework import (
     ConvergenceWarning,
@@ -213,19 +214,38 @@ def test_auto_gives_up_at_max_rank_and_says_how_far_it_came() -> None:
     assert len(inverse.values) == 50
 
 
+@pytest.mark.parametrize("strength", [1e-6, 1e-18])
 @pytest.mark.parametrize("size", [5, 40])
-def test_auto_ends_at_the_full_space(size: int) -> None:
+def test_auto_ends_at_the_full_space(size: int, strength: float) -> None:
     matrix = symmetric(torch.linspace(1.0, 2.0, size))
-    inverse = NystroemSolver(rank="auto", oversampling=10).fit(DenseOperator(matrix), 1e-6)
+    inverse = NystroemSolver(rank="auto", oversampling=10).fit(DenseOperator(matrix), strength)
     identity = torch.eye(size, dtype=torch.float64)
-    torch.testing.assert_close(inverse @ identity, torch.linalg.inv(matrix + 1e-6 * identity))
+    torch.testing.assert_close(inverse @ identity, torch.linalg.inv(matrix + strength * identity))
 
 
+@pytest.mark.parametrize("rank", [1, 25])
 @pytest.mark.parametrize("seed", range(4))
-def test_error_estimate_is_close_from_below(seed: int) -> None:
-    inverse = NystroemSolver(rank=25, seed=seed).fit(DenseOperator(decaying()), 1e-2)
+def test_error_estimate_is_close_from_below(seed: int, rank: int) -> None:
+    inverse = NystroemSolver(rank=rank, seed=seed).fit(DenseOperator(decaying()), 1e-2)
     assert inverse.error is None
     assert 0.9 * error_of(inverse) <= inverse.error_estimate <= error_of(inverse) * (1 + 1e-9)
+
+
+def test_ritz_values_stay_within_the_spectrum_however_bad_the_preconditioner() -> None:
+    """This one turns every residual back into the space that there is, up to one part in ten million."""
+    matrix, basis = symmetric(torch.linspace(1.0, 2.0, 20)), torch.linalg.qr(normal(20, 3)).Q
+    back = basis[:, :1] + 1e-7 * normal(20, 1, seed=2)
+    products = matrix @ basis
+    seen = ritz_values(
+        matrix.__matmul__, lambda r: r + 1e16 * back @ (back.T @ r), basis, products, basis.T @ products
+    )
+    counts = []
+    for values in seen:
+        assert values[0] >= 1 - 1e-13
+        assert values[-1] <= 2 + 1e-13
+        counts.append(len(values))
+    assert counts == list(range(3, 3 + len(counts)))
+    assert values[0] <= 1 + 1e-8
 
 
 def test_another_regularisation_costs_nothing() -> None:
