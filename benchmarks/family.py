@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import problems
@@ -62,7 +62,7 @@ def arnoldi(setting: Setting, strength: float, runs: int) -> str:
     mine, theirs = quickest(setting.by_batch(ours)), quickest(setting.by_batch(peer))
     pairing = paired(setting.by_batch(ours)(mine), setting.by_batch(peer)(theirs), runs)
     inverse = ours(mine).inverses["full"]
-    low_rank = next(iter(peer(theirs).block_mapper.composable_block_dict.values())).op.low_rank_representation
+    low_rank = next(iter(peer(theirs).block_mapper.composable_block_dict.values())).op._low_rank_representation
     values = low_rank.eigen_vals.double().sort().values
     off = float(((inverse.values.sort().values - values) / values).abs().max())
     what = f"`arnoldi`, Hessian, rank {RANK}, tol 1e-4, λ = {strength:.2g}"
@@ -147,7 +147,7 @@ def preconditioned(setting: Setting, judge: problems.Judge, block: bool, runs: i
     return row(f"`cg`, {'block' if block else 'columns'}", pairing, *sides)
 
 
-def report(runs: int) -> str:
+def report(runs: int) -> Iterator[str]:
     data = problems.digits()
     net = problems.trained(data, [64, 128, 64, 10])
     judge = problems.Judge(net, data)
@@ -155,23 +155,24 @@ def report(runs: int) -> str:
     setting = Setting(data, net)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        lines = [
+        yield from (
             "## Against pydvl: fit + all pairwise scores, net 64-128-64-10",
             "",
             "Each side at the batch size at which it is quickest; both with the Hessian unless said otherwise.",
             "",
             HEADER.format(peer="pydvl"),
-            arnoldi(setting, 3 * lowest, runs),
-            lissa(setting, judge, 10 * lowest, min(runs, 3)),
-            nystroem(setting, 1e-2, runs, "hessian"),
-            nystroem(setting, 1e-2, runs, "gauss_newton"),
+        )
+        yield arnoldi(setting, 3 * lowest, runs)
+        yield nystroem(setting, 1e-2, runs, "hessian")
+        yield nystroem(setting, 1e-2, runs, "gauss_newton")
+        yield lissa(setting, judge, 10 * lowest, min(runs, 3))
+        yield from (
             "",
             "## What Nyström of rank 200 does for `cg`",
             "",
             "Gauss-Newton, λ = 0.01, all 50 true residuals ≤ 1e-5; fit of the preconditioner included.",
             "",
             HEADER.format(peer="without").replace("ours", "with Nyström"),
-            preconditioned(setting, judge, False, runs),
-            preconditioned(setting, judge, True, runs),
-        ]
-    return "\n".join(lines)
+        )
+        yield preconditioned(setting, judge, False, runs)
+        yield preconditioned(setting, judge, True, runs)

@@ -41,15 +41,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=PARTS, action="append", help="a part to run; all where left out")
     parser.add_argument("--runs", type=int, default=5, help="paired runs of each comparison")
+    parser.add_argument("--threads", type=int, default=2, help="threads of each side")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
-    torch.set_num_threads(2)
+    torch.set_num_threads(arguments.threads)
     RESULTS.mkdir(exist_ok=True)
     for part in arguments.only or PARTS:
-        text = importlib.import_module(part).report(arguments.runs)
-        whole = f"# Benchmark: {part}\n\n{header(part, arguments.runs)}\n{text}\n"
-        (RESULTS / f"{part}.md").write_text(whole)
-        print(whole)
+        lines = [f"# Benchmark: {part}", "", header(part, arguments.runs)]
+        print(*lines, sep="\n")
+        for line in importlib.import_module(part).report(arguments.runs):
+            print(line, flush=True)
+            lines.append(line)
+        (RESULTS / f"{part}.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
