@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from influence_framework.checks import model_state
 from influence_framework.data import Batch, random_state_kept, split
 from influence_framework.errors import InvalidInputError, NonFiniteError
 from influence_framework.gradients import (
@@ -22,7 +23,7 @@ from influence_framework.gradients import (
 )
 from influence_framework.operators import require_capabilities
 from influence_framework.parameters import Blocks
-from influence_framework.problem import Problem, model_state
+from influence_framework.problem import Problem
 from influence_framework.protocols import (
     HessianSource,
     InfluenceMode,

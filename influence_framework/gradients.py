@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,80 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from influence_framework.data import Batch, map_leaves, split, take
+from influence_framework.derivatives import CACHE_BYTES, PushForward, gradients_of, pull_back, rows_at_once
 from influence_framework.errors import InvalidInputError, NonFiniteError
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
-
-
-def pull_back(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], rows: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """``Jᵀ u`` for ``k`` stacked cotangents.
-
-    ``rows[j]`` is ``(k, *outputs[j].shape)``; the results are ``(k, *inputs[i].shape)``.
-
-    Outputs through which no gradient flows, and inputs that none reaches, come out as ``None``.
-    """
-    live = [(o, r) for o, r in zip(outputs, rows, strict=True) if o.requires_grad]
-    if not live:
-        return [None] * len(inputs)
-    count = live[0][1].shape[0]
-
-    def backward(cotangents: list[Tensor], *, batched: bool) -> tuple[Tensor | None, ...]:
-        return torch.autograd.grad(
-            [output for output, _ in live],
-            inputs,
-            grad_outputs=cotangents,
-            retain_graph=True,
-            allow_unused=True,
-            is_grads_batched=batched,
-        )
-
-    if count > 1:
-        return list(backward([row for _, row in live], batched=True))
-    single = backward([row[0] for _, row in live], batched=False)
-    return [None if gradient is None else gradient[None] for gradient in single]
-
-
-CACHE_BYTES = 24 * 2**20
-"""Working set up to which several cotangents at a time are faster than one after the other on a CPU."""
-
-
-def rows_at_once(device: torch.device, row_bytes: int, budget: int) -> int:
-    """How many cotangents, each of which takes ``row_bytes``, to pull back together."""
-    if device.type != "cpu":
-        return max(1, budget // row_bytes)
-    together = min(CACHE_BYTES, budget) // row_bytes
-    # Batching a handful of rows gains less than the layouts that it forces cost.
-    return together if together >= 8 else 1
-
-
-class PushForward:
-    """``v ↦ J v`` with ``J`` the Jacobian of ``outputs`` with respect to ``leaves``, from reverse mode alone.
-
-    ``w ↦ Jᵀ w`` is linear, and pulling ``v`` back through its graph gives ``J v``. That needs no
-    forward-mode rules and shares the one forward pass.
-    """
-
-    def __init__(self, outputs: Tensor, leaves: Sequence[Tensor]) -> None:
-        self._cotangent = torch.zeros_like(outputs, requires_grad=True)
-        self._transposed = gradients_of(outputs, leaves, self._cotangent)
-
-    def __call__(self, tangents: Sequence[Tensor]) -> Tensor | None:
-        """``(k, *outputs.shape)`` for ``k`` stacked tangents; ``None`` where ``J`` is zero."""
-        return pull_back(self._transposed, [self._cotangent], tangents)[0]
-
-
-def gradients_of(
-    output: Tensor, inputs: Sequence[Tensor], cotangent: Tensor | None = None, *, keep_graph: bool = True
-) -> list[Tensor]:
-    """Gradients of ``output`` (of its product with ``cotangent``), zero for inputs it does not depend on.
-
-    With ``keep_graph`` they can be differentiated again.
-    """
-    if not output.requires_grad:
-        return [torch.zeros_like(tensor) for tensor in inputs]
-    return list(torch.autograd.grad(output, inputs, cotangent, create_graph=keep_graph, materialize_grads=True))
 
 
 def samples_within(problem: Problem, parameters: ParameterSpace, budget: int, copies: int) -> int:
@@ -232,10 +161,9 @@ def contract_up(
         parts = list(pieces)
         return {name: torch.cat([part[name] for part in parts], dim=1) for name in factors}
 
-    if _directions_pay(sum(part.rows.shape[0] for part in factors.values()), problem):
-        # Without second derivatives, a model still has gradients.
-        with suppress(RuntimeError):
-            return joined(_along_factors(factors, problem, p) for p in split(batch, size, problem.max_batch))
+    directions = sum(part.rows.shape[0] for part in factors.values())
+    if problem.twice_differentiable and _directions_pay(directions, problem):
+        return joined(_along_factors(factors, problem, p) for p in split(batch, size, problem.max_batch))
     chunks = sample_chunks(problem, problem.parameters, batch, size)
     return joined(_with_gradients(factors, problem, chunk) for chunk in chunks)
 
@@ -288,6 +216,7 @@ def contract_perturbation(
         InvalidInputError: The input is not a single floating-point tensor.
         NonFiniteError: A derivative contains NaN or infinity.
     """
+    problem.require_second_derivatives()
     x, y = batch
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__

@@ -9,20 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from influence_framework.checks import check_differentiable, check_leaves, check_model, check_unchanged
 from influence_framework.data import Batch, detached, random_state_kept, split
 from influence_framework.devices import to_device
 from influence_framework.errors import InvalidInputError, NotFittedError
 from influence_framework.fitted import Fitted
 from influence_framework.objective import Loss, Objective
 from influence_framework.parameters import Blocks
-from influence_framework.problem import (
-    DEFAULT_MEMORY_BUDGET,
-    Problem,
-    check_differentiable,
-    check_leaves,
-    check_model,
-    check_unchanged,
-)
+from influence_framework.problem import DEFAULT_MEMORY_BUDGET, Problem
 from influence_framework.protocols import HessianSource, InfluenceMode, InverseOperator, Solver
 from influence_framework.regularization import check_regularization, per_block
 

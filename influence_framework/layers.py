@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from influence_framework.data import Batch
-from influence_framework.gradients import gradients_of, pull_back
+from influence_framework.derivatives import gradients_of, pull_back
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
 from influence_framework.protocols import LayerBatch

@@ -13,13 +13,13 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from influence_framework.checks import check_leaves, check_model
 from influence_framework.data import (
     Batch,
     RandomState,
     check_reiterable,
     detached,
     join,
-    leaves,
     map_leaves,
     nbytes,
     one_pass,
@@ -28,6 +28,7 @@ from influence_framework.data import (
     split,
     take,
 )
+from influence_framework.derivatives import has_second_derivatives
 from influence_framework.errors import InvalidInputError, NonFiniteError
 from influence_framework.objective import Loss, Objective, SupervisedObjective
 from influence_framework.parameters import ParameterSpace
@@ -53,6 +54,8 @@ class Problem:
         batch_size: Samples in the first batch of the caller's loader.
         sample_bytes: Bytes that autograd keeps of one sample's forward pass.
         sample_flops: Flops of one sample's forward pass, as far as matrix products and convolutions go.
+        twice_differentiable: Whether gradients can be differentiated again. Where not, there are scores
+            but no curvature products.
         memory_budget: Bytes for caches and intermediate results.
         state: Global random state in which every pass starts.
     """
@@ -66,6 +69,7 @@ class Problem:
     batch_size: int
     sample_bytes: int
     sample_flops: int
+    twice_differentiable: bool
     memory_budget: int
     state: RandomState
 
@@ -94,8 +98,18 @@ class Problem:
         parameters = ParameterSpace.of(model)
         check_reiterable(data)
         objective = loss if isinstance(loss, Objective) else SupervisedObjective(loss)
-        problem = cls(model, objective, parameters, data, False, 0, 0, 1, 0, memory_budget, random_state(data))
-        return problem._read()
+        measured = {"size": 0, "batch_size": 0, "sample_bytes": 1, "sample_flops": 0}
+        return cls(
+            model=model,
+            objective=objective,
+            parameters=parameters,
+            data=data,
+            cached=False,
+            twice_differentiable=False,
+            memory_budget=memory_budget,
+            state=random_state(data),
+            **measured,
+        )._read()
 
     def _read(self) -> Self:
         """Read the data once: validate and count it, and keep it where it fits the budget."""
@@ -112,6 +126,7 @@ class Problem:
                     problem,
                     sample_bytes=problem._activation_bytes(batch) // sizes[0] + 1,
                     sample_flops=problem._forward_flops(batch) // sizes[0],
+                    twice_differentiable=problem._has_second_derivatives(batch),
                 )
             held += nbytes(batch)
             if held > self.memory_budget:
@@ -215,6 +230,22 @@ class Problem:
             self.outputs({}, batch)
         return int(counter.get_total_flops())
 
+    def _has_second_derivatives(self, batch: Batch) -> bool:
+        leaves = list((named := self.parameters.leaves(self.model)).values())
+        with torch.enable_grad(), random_state_kept():
+            losses = self.sample_losses(named, take(batch, slice(0, 2)))
+        return has_second_derivatives(losses, leaves)
+
+    def require_second_derivatives(self) -> None:
+        """Raise :class:`InvalidInputError` where gradients of the model cannot be differentiated again."""
+        if not self.twice_differentiable:
+            raise InvalidInputError(
+                "The gradients of this model cannot be differentiated again: part of it, usually a "
+                "torch.autograd.Function with once_differentiable, has no second derivative, and curvature "
+                "products would miss that part. Write its backward in differentiable operations, or freeze "
+                "the parameters before it."
+            )
+
     @property
     def max_batch(self) -> int:
         """Samples to work on at a time: second derivatives hold a few times what a forward pass saves."""
@@ -289,117 +320,3 @@ class Problem:
 
 def _settled(objective: Objective) -> Objective:
     return objective.settled() if isinstance(objective, SupervisedObjective) else objective
-
-
-def check_model(model: nn.Module) -> None:
-    """Raise unless ``model`` is a deterministic ``nn.Module`` with finite parameters and gradients exist."""
-    if not isinstance(model, nn.Module):
-        raise InvalidInputError(f"Expected a torch.nn.Module, got {type(model).__name__}.")
-    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
-        raise InvalidInputError(
-            "Under torch.inference_mode() nothing has a gradient: fit and score outside of it, with a model "
-            "made outside of it. torch.no_grad() is fine."
-        )
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            where = f"submodule {name!r}" if name else "model"
-            raise InvalidInputError(
-                f"The {where} is a TorchScript module: its parameters cannot be replaced and it has no "
-                "second derivatives under torch.func. Pass the original nn.Module."
-            )
-        if hasattr(module, "_orig_mod") and type(module).__name__ == "OptimizedModule":
-            raise InvalidInputError(
-                "A module made by torch.compile has no second derivatives: pass the module that was compiled, "
-                "which is its attribute _orig_mod."
-            )
-    stochastic = [
-        f"{name or 'model'} ({type(module).__name__})"
-        for name, module in model.named_modules()
-        if module.training and _random_or_batch_dependent(module)
-    ]
-    if stochastic:
-        raise InvalidInputError(
-            "The model is in train mode and contains layers that are random or mix samples there: "
-            f"{', '.join(stochastic)}. Call model.eval() first."
-        )
-    mixing = [name or "model" for name, module in model.named_modules() if _mixes_samples_always(module)]
-    if mixing:
-        raise InvalidInputError(
-            f"{', '.join(mixing)} normalise by the statistics of the batch even in eval mode "
-            "(track_running_stats=False), so no sample has a loss of its own: use running statistics."
-        )
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.dtype.is_floating_point and not torch.isfinite(tensor).all():
-            raise NonFiniteError(f"{name!r} of the model contains NaN or infinity: training has diverged.")
-
-
-def model_state(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of all parameters and buffers by name."""
-    named = [*model.named_parameters(), *model.named_buffers()]
-    return {name: tensor.detach().clone() for name, tensor in named}
-
-
-def check_unchanged(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Raise unless parameters and buffers of ``model`` are what they were when ``state`` was taken."""
-    present = dict([*model.named_parameters(), *model.named_buffers()])
-    for name, before in state.items():
-        now = present.get(name)
-        if now is None or now.shape != before.shape or now.dtype != before.dtype or now.device != before.device:
-            what = "gone" if now is None else f"{tuple(now.shape)} {now.dtype} on {now.device}"
-            raise InvalidInputError(
-                f"{name!r} of the model was {tuple(before.shape)} {before.dtype} on {before.device} at the fit "
-                f"and is {what} now: fit again, or move the influence model with its own .to(device)."
-            )
-        if not torch.equal(now, before):
-            raise InvalidInputError(
-                f"{name!r} of the model has changed since the fit, so the curvature is that of another model: "
-                "fit again."
-            )
-
-
-def _random_or_batch_dependent(module: nn.Module) -> bool:
-    if isinstance(module, nn.modules.dropout._DropoutNd):
-        return module.p > 0
-    if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
-        return module.dropout > 0
-    if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
-        return True
-    return isinstance(module, nn.modules.batchnorm._BatchNorm | nn.RReLU)
-
-
-def _mixes_samples_always(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None
-
-
-def check_leaves(batch: Batch, parameters: ParameterSpace, what: str) -> None:
-    """Raise unless every tensor of ``batch`` is finite and on the model's device, and inputs of its dtype."""
-    for tensor in leaves(batch):
-        if tensor.is_inference():
-            raise InvalidInputError(
-                f"The {what} was made under torch.inference_mode() and cannot be differentiated through: pass "
-                "a clone() of it, or make it under torch.no_grad()."
-            )
-        if tensor.device != parameters.device:
-            raise InvalidInputError(
-                f"The {what} is on {tensor.device}, the model on {parameters.device}: move one of them "
-                "with .to(device)."
-            )
-        if tensor.is_floating_point() or tensor.is_complex():
-            if tensor.dtype != parameters.dtype:
-                raise InvalidInputError(
-                    f"The {what} holds {tensor.dtype}, the model's parameters are {parameters.dtype}: "
-                    f"convert with .to({parameters.dtype})."
-                )
-            if not torch.isfinite(tensor).all():
-                raise NonFiniteError(f"The {what} contains NaN or infinity: drop or impute those samples.")
-
-
-def check_differentiable(batch: Batch) -> None:
-    """Raise unless the input of ``batch`` is one floating-point tensor, as mode Perturbation needs it."""
-    x = batch[0]
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        got = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        raise InvalidInputError(
-            "Mode Perturbation differentiates with respect to the input, which must be one "
-            f"floating-point tensor; got {got}. Use mode='up', or feed the model embeddings."
-        )

@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence_framework.data import Batch
-from influence_framework.gradients import gradients_of, sample_chunks, sample_gradients
+from influence_framework.derivatives import gradients_of
+from influence_framework.gradients import sample_chunks, sample_gradients
 from influence_framework.layers import LayerCurvature, Tape
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem

@@ -11,13 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence_framework.data import Batch
-from influence_framework.gradients import (
-    PushForward,
-    gradients_of,
-    pull_back,
-    sample_chunks,
-    sample_jacobians,
-)
+from influence_framework.derivatives import PushForward, gradients_of, pull_back
+from influence_framework.gradients import sample_chunks, sample_jacobians
 from influence_framework.layers import LayerCurvature, Tape, jacobians
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem

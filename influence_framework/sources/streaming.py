@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence_framework.data import Batch
+from influence_framework.derivatives import rows_at_once
 from influence_framework.errors import NonFiniteError
-from influence_framework.gradients import rows_at_once
 from influence_framework.layers import layer_batch, linear_layers
 from influence_framework.operators import Operator, dense_by_columns
 from influence_framework.parameters import ParameterSpace
@@ -78,6 +78,9 @@ class StreamingOperator(Operator):
     at_layers: Curvature
     keep_graphs: bool = False
     _cache: _GraphCache = field(default_factory=_GraphCache, repr=False)
+
+    def __post_init__(self) -> None:
+        self.problem.require_second_derivatives()
 
     @property
     def shape(self) -> tuple[int, int]:
