@@ -21,6 +21,7 @@ from influence_framework.gradients import (
     sample_gradients,
     samples_within,
 )
+from influence_framework.layer_scores import LayerScorer, suits
 from influence_framework.operators import require_capabilities
 from influence_framework.parameters import Blocks
 from influence_framework.problem import Problem
@@ -28,6 +29,7 @@ from influence_framework.protocols import (
     HessianSource,
     InfluenceMode,
     InverseOperator,
+    JointSolver,
     LinearOperator,
     Reregularizable,
     Solution,
@@ -53,12 +55,10 @@ class FittedBlock:
     inverse: InverseOperator
 
     @classmethod
-    def fit(
-        cls, name: str, index: Tensor | None, operator: LinearOperator, solver: Solver, strength: float
+    def of(
+        cls, name: str, index: Tensor | None, operator: LinearOperator, solver: Solver, inverse: InverseOperator
     ) -> Self:
-        """Fit ``solver`` to ``operator`` and check that what comes back is an inverse of its shape."""
-        require_capabilities(type(solver).__name__, operator, getattr(solver, "requires", ()))
-        inverse = solver.fit(operator, strength)
+        """A block from what ``solver`` returned for it: checked to be an inverse of its operator's shape."""
         if not isinstance(inverse, InverseOperator) or inverse.shape != operator.shape:
             raise InvalidInputError(
                 f"{type(solver).__name__}.fit returned {type(inverse).__name__} where an inverse operator "
@@ -74,7 +74,8 @@ class FittedBlock:
     def with_regularization(self, strength: float) -> Self:
         """At another λ: without fitting again where the inverse offers it."""
         if not isinstance(self.inverse, Reregularizable):
-            return self.fit(self.name, self.index, self.operator, self.solver, strength)
+            inverse = self.solver.fit(self.operator, strength)
+            return self.of(self.name, self.index, self.operator, self.solver, inverse)
         return replace(self, inverse=self.inverse.with_regularization(strength))
 
     def solve(self, gradients: Float[Tensor, "m P"]) -> Float[Tensor, "m q"]:
@@ -132,12 +133,19 @@ class Fitted:
         strengths: Mapping[str, float],
     ) -> Self:
         """One inverse per block."""
-        fitted = {}
-        for name, parameters in blocks.items():
-            part = problem.parameters.subset(parameters)
-            operator = source.operator(problem, part)
-            index = problem.parameters.indices_of(part)
-            fitted[name] = FittedBlock.fit(name, index, operator, solver, strengths[name])
+        parts = {name: problem.parameters.subset(names) for name, names in blocks.items()}
+        operators = {name: source.operator(problem, part) for name, part in parts.items()}
+        places = {name: problem.parameters.indices_of(part) for name, part in parts.items()}
+        for operator in operators.values():
+            require_capabilities(type(solver).__name__, operator, getattr(solver, "requires", ()))
+        if isinstance(solver, JointSolver):
+            inverses = solver.fit_jointly(operators, strengths)
+        else:
+            inverses = {name: solver.fit(operator, strengths[name]) for name, operator in operators.items()}
+        fitted = {
+            name: FittedBlock.of(name, places[name], operator, solver, inverses[name])
+            for name, operator in operators.items()
+        }
         return cls(problem, fitted, model_state(problem.model))
 
     def with_regularization(self, strengths: Mapping[str, float]) -> Self:
@@ -162,6 +170,9 @@ class Fitted:
         """Scores by block, solving for the smaller side where both will do."""
         if mode is InfluenceMode.Up and self.size(train) < self.size(test):
             return {name: part.T for name, part in self.scores(train, test, mode).items()}
+        if mode is InfluenceMode.Up and (scorer := self._layer_scorer()) is not None:
+            (scores,) = scorer.scores(test, train)
+            return scores
         parts = []
         for gradients in self._gradients(test):
             factors = {name: block.solve(gradients) for name, block in self.blocks.items()}
@@ -176,6 +187,9 @@ class Fitted:
             swapped = self.sweep(train, test, mode, strengths)
             return {s: {name: part.T for name, part in scores.items()} for s, scores in swapped.items()}
         at = {name: block.at_each(strengths) for name, block in self.blocks.items()}
+        if mode is InfluenceMode.Up and (scorer := self._layer_scorer()) is not None:
+            each = [{name: at[name][i].inverse for name in at} for i in range(len(strengths))]
+            return dict(zip(strengths, scorer.scores(test, train, each), strict=True))
         parts = []
         for gradients in self._gradients(test, copies=SOLVE_COPIES * len(strengths)):
             factors = {
@@ -187,6 +201,24 @@ class Fitted:
         return {
             s: {name: torch.cat([part[s, name] for part in parts]) for name in self.blocks} for s in strengths
         }
+
+    def self_scores(self, batch: Batch) -> dict[str, Float[Tensor, " n"]]:
+        """``∇ℓᵀ (C + λI)⁻¹ ∇ℓ`` of every sample with itself, by block; never of pairs."""
+        if (scorer := self._layer_scorer()) is not None:
+            return scorer.self_scores(batch)
+        parts = [
+            {
+                name: (block.solve(gradients) * gradients[:, block.selection]).sum(1)
+                for name, block in self.blocks.items()
+            }
+            for gradients in self._gradients(batch)
+        ]
+        return {name: torch.cat([part[name] for part in parts]) for name in self.blocks}
+
+    def _layer_scorer(self) -> LayerScorer | None:
+        operators = {name: block.operator for name, block in self.blocks.items()}
+        inverses = {name: block.inverse for name, block in self.blocks.items()}
+        return LayerScorer(self.problem, operators, inverses) if suits(operators, inverses) else None
 
     def contract(self, factors: Mapping[str, Tensor], batch: Batch, mode: InfluenceMode) -> dict[str, Tensor]:
         """Each block's scores, from one pass over the gradients for all blocks."""

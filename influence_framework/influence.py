@@ -174,6 +174,26 @@ class TorchInfluenceFunctionModel:
         with random_state_kept():
             return fitted.scores(test, train, mode)
 
+    def self_influences(self, x: Any, y: Any) -> Float[Tensor, " n"]:
+        """``∇ℓ(z)ᵀ (C + λI)⁻¹ ∇ℓ(z)`` of every point: its influence on its own loss, ``(n,)``.
+
+        High values mark points that the model had to learn by heart, wrong labels among them. The same as
+        the diagonal of ``influences(x, y)``, at the cost of no pair: Feldman and Zhang (2020), "What Neural
+        Networks Memorize and Why", §1, of which it is the first-order estimate.
+
+        Raises:
+            NotFittedError: Before ``fit``.
+            InvalidInputError: What does not fit, with the remedy.
+        """
+        return self._total(self.self_influences_by_block(x, y))
+
+    def self_influences_by_block(self, x: Any, y: Any) -> dict[str, Tensor]:
+        """Each block's part of :meth:`self_influences`; they add up to it."""
+        fitted = self._fitted()
+        batch = self._checked((x, y), "points")
+        with random_state_kept():
+            return fitted.self_scores(batch)
+
     def explore_hessian_regularization(
         self,
         x: Any,

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,6 +21,7 @@ from torch import Tensor
 from influence_framework.errors import InvalidInputError, did_you_mean
 
 if TYPE_CHECKING:
+    from influence_framework.layers import Cover, Layer, LayerBatch
     from influence_framework.parameters import ParameterSpace
     from influence_framework.problem import Problem
 
@@ -70,33 +71,66 @@ class Minibatches(Protocol):
     def minibatches(self, generator: torch.Generator) -> Iterator[LinearOperator]: ...
 
 
-@dataclass(frozen=True)
-class LayerBatch:
-    """One layer's part in one batch of ``n`` samples.
+@runtime_checkable
+class LayerStatistics(Protocol):
+    """Capability: inputs and output gradients of the layers whose gradients have a matrix form.
 
-    Attributes:
-        inputs: What the layer was applied to, ``(n, *positions, in_features)``.
-        output_gradients: Gradient of each sample's own loss (not divided by ``n``) with respect to
-            the layer's output, ``(n, *positions, out_features)``.
-        weight: Name of the layer's weight, or ``None`` where it is not among the operator's parameters.
-        bias: Name of its bias, or ``None`` where it has none or it is not among the parameters.
+    Over one pass, ``1/N Σ_n Σ_s vec(G[s,n]) vec(G[s,n])ᵀ`` of the gradients
+    ``G[s,n] = Σ_t δ[s,n,t] ⊗ ā[n,t]`` of each layer is that layer's block of the curvature in the
+    outputs' own metric: of the Gauss-Newton matrix, exactly (``samples="exact"``) or in expectation over
+    ``samples`` draws; of the empirical Fisher, from the true labels.
     """
 
-    inputs: Float[Tensor, "n *positions i"]
-    output_gradients: Float[Tensor, "n *positions o"]
-    weight: str | None
-    bias: str | None
+    def cover(self) -> Cover:
+        """The layers, and the parameters that are in none of them."""
+        ...
+
+    def layer_batches(
+        self, layers: Sequence[Layer], samples: int | Literal["exact"], generator: torch.Generator
+    ) -> Iterator[tuple[Mapping[Layer, LayerBatch], int]]:
+        """One pass over the data, batch by batch with sample counts; layers the model skips are absent.
+
+        ``layers`` may come from several operators over the same problem: one pass then serves them all.
+        """
+        ...
 
 
 @runtime_checkable
-class LayerStatistics(Protocol):
-    """Capability: inputs and output gradients of the linear layers, one mapping a batch.
+class LayerScoring(Protocol):
+    """Capability of an inverse: scores from layer inputs and output gradients, without per-sample gradients."""
 
-    Each layer that owns some of the operator's parameters maps to its uses in the forward pass, in
-    order: one for an ordinary layer, none or several where the model skips it or applies it again.
-    """
+    @property
+    def scores_layers(self) -> bool:
+        """Whether it can: whether its layers have all its parameters, say."""
+        ...
 
-    def layer_batches(self) -> Iterator[Mapping[str, Sequence[LayerBatch]]]: ...
+    def side(self, layers: Mapping[str, LayerBatch], size: int) -> Any:
+        """What scores need of ``size`` samples, by layer name; layers the model skipped are absent.
+
+        An object with ``nbytes``, the memory it holds.
+        """
+        ...
+
+    def join(self, sides: Sequence[Any]) -> Any:
+        """Several such objects as one."""
+        ...
+
+    def scores(self, test: Any, train: Any) -> Float[Tensor, "m n"]:
+        """``g_mᵀ (C + λI)⁻¹ g_n`` of every pair; λ may differ from that of the inverse that made the sides."""
+        ...
+
+    def self_scores(self, side: Any) -> Float[Tensor, " n"]:
+        """``g_nᵀ (C + λI)⁻¹ g_n`` of every sample."""
+        ...
+
+
+@runtime_checkable
+class JointSolver(Protocol):
+    """Capability of a solver: fit the blocks of one problem together, in as many passes as one takes."""
+
+    def fit_jointly(
+        self, operators: Mapping[str, LinearOperator], regularizations: Mapping[str, float]
+    ) -> Mapping[str, InverseOperator]: ...
 
 
 class StopReason(Enum):

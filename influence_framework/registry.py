@@ -37,6 +37,8 @@ OFFICIAL_DISTRIBUTIONS = {
     "lissa": "influence-framework-lissa",
     "arnoldi": "influence-framework-arnoldi",
     "nystroem": "influence-framework-nystroem",
+    "ekfac": "influence-framework-ekfac",
+    "kfac": "influence-framework-ekfac",
 }
 """Which distribution to install for a name that is documented but absent."""
 

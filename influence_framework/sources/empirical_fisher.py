@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -11,11 +12,12 @@ from torch import Tensor
 from influence_framework.data import Batch
 from influence_framework.derivatives import gradients_of
 from influence_framework.gradients import sample_chunks, sample_gradients
-from influence_framework.layers import LayerCurvature, Tape
+from influence_framework.layers import Rows, Tape, true_gradients
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
 from influence_framework.protocols import LinearOperator
 from influence_framework.sources.gauss_newton import SandwichLinearization, sandwich_at_layers
+from influence_framework.sources.layered import LayerCurvature
 from influence_framework.sources.streaming import StreamingOperator
 
 
@@ -35,6 +37,11 @@ def fisher_at_layers(problem: Problem, tape: Tape, batch: Batch) -> LayerCurvatu
     gradients = gradients_of(total, tape.shifts, keep_graph=False)
     one = gradients[0].new_ones(gradients[0].shape[0], 1, 1)
     return sandwich_at_layers(tape, [gradient[:, None, :] for gradient in gradients], one)
+
+
+def _labelled(problem: Problem, samples: int | Literal["exact"], generator: torch.Generator) -> Rows:
+    """The gradients of the true labels: nothing is drawn."""
+    return true_gradients(problem)
 
 
 class EmpiricalFisherOperator(StreamingOperator):
@@ -67,5 +74,5 @@ class EmpiricalFisher:
     def operator(self, problem: Problem, parameters: ParameterSpace) -> LinearOperator:
         """The empirical Fisher with respect to ``parameters``."""
         return EmpiricalFisherOperator(
-            problem, parameters, FisherLinearization, fisher_at_layers, self.precompute_grad
+            problem, parameters, FisherLinearization, fisher_at_layers, _labelled, self.precompute_grad
         )

@@ -13,10 +13,11 @@ from torch import Tensor
 from influence_framework.data import Batch
 from influence_framework.derivatives import PushForward, gradients_of, pull_back
 from influence_framework.gradients import sample_chunks, sample_jacobians
-from influence_framework.layers import LayerCurvature, Tape, jacobians
+from influence_framework.layers import Tape, fisher_rows
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
 from influence_framework.protocols import LinearOperator
+from influence_framework.sources.layered import LayerCurvature, jacobians
 from influence_framework.sources.streaming import Linearization, StreamingOperator
 
 
@@ -119,5 +120,10 @@ class GaussNewton:
     def operator(self, problem: Problem, parameters: ParameterSpace) -> LinearOperator:
         """The Gauss-Newton matrix with respect to ``parameters``."""
         return GaussNewtonOperator(
-            problem, parameters, GaussNewtonLinearization, gauss_newton_at_layers, self.precompute_grad
+            problem,
+            parameters,
+            GaussNewtonLinearization,
+            gauss_newton_at_layers,
+            fisher_rows,
+            self.precompute_grad,
         )

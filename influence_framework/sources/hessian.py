@@ -9,10 +9,11 @@ from torch import Tensor
 
 from influence_framework.data import Batch
 from influence_framework.derivatives import gradients_of, pull_back
-from influence_framework.layers import LayerCurvature, Tape, jacobians
+from influence_framework.layers import Tape, fisher_rows
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
 from influence_framework.protocols import LinearOperator
+from influence_framework.sources.layered import LayerCurvature, jacobians
 from influence_framework.sources.streaming import Linearization, StreamingOperator
 
 
@@ -72,5 +73,5 @@ class Hessian:
     def operator(self, problem: Problem, parameters: ParameterSpace) -> LinearOperator:
         """The Hessian with respect to ``parameters``."""
         return StreamingOperator(
-            problem, parameters, HessianLinearization, hessian_at_layers, self.precompute_grad
+            problem, parameters, HessianLinearization, hessian_at_layers, fisher_rows, self.precompute_grad
         )

@@ -12,87 +12,122 @@ for each layer output, of which there are far fewer than parameters; the rest is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from influence_framework.data import Batch, split
-from influence_framework.layers import LayerCurvature, LinearLayer, Tape, linear_layers, record
+from influence_framework.derivatives import pull_back
+from influence_framework.layers import Layer, Tape, Use, cover, record
+from influence_framework.layers.forms import LinearForm
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
 
+
+@dataclass(frozen=True)
+class LayerCurvature:
+    """Per-sample second derivatives with respect to the outputs of layers that are used once each.
+
+    Attributes:
+        uses: The uses, in order of application.
+        inputs: ``(n, i_k)`` of each.
+        blocks: ``(k, l)`` with ``k ≤ l`` to ``Q_kl``, ``(n, o_k, o_l)``: the curvature between the
+            outputs of uses ``k`` and ``l``.
+        flow: ``(k, l)`` with ``k < l`` to ``(n, o_k, i_l)``, the Jacobian of ``l``'s input with respect to
+            ``k``'s output, and ``gradients[l]``, ``(n, o_l)``; both empty for curvatures of the form
+            ``Jᵀ H J``, which have no such term.
+    """
+
+    uses: list[Use]
+    inputs: list[Float[Tensor, "n _i"]]
+    blocks: Mapping[tuple[int, int], Float[Tensor, "n _o _p"]]
+    flow: Mapping[tuple[int, int], Float[Tensor, "n _o _j"]]
+    gradients: list[Float[Tensor, "n _p"]]
+
+
 Curvature = Callable[[Problem, Tape, Batch], LayerCurvature]
 """Second derivatives at the layer outputs of a recorded batch, for one kind of curvature."""
+
+
+def one_hot(like: Tensor) -> Tensor:
+    """For ``like`` of shape ``(n, c)``: ``(c, n, c)``, row ``r`` one in channel ``r`` of every sample."""
+    channels = like.shape[1]
+    eye = torch.eye(channels, dtype=like.dtype, device=like.device)
+    return eye[:, None, :].expand(channels, like.shape[0], channels)
+
+
+def jacobians(outputs: Tensor, inputs: list[Tensor]) -> list[Tensor | None]:
+    """``∂outputs[n, c] / ∂inputs_k[n, o]`` per sample, ``(n, c, o_k)`` each; ``None`` where zero.
+
+    Right where a sample's outputs depend on its own inputs only.
+    """
+    rows = pull_back([outputs], inputs, [one_hot(outputs)])
+    # Autograd may hand out zeros that take no memory and cannot be written to; a clone is an ordinary tensor.
+    return [None if row is None else row.transpose(0, 1).clone() for row in rows]
 
 
 def layered_dense(
     problem: Problem, parameters: ParameterSpace, curvature: Curvature
 ) -> Float[Tensor, "P P"] | None:
     """The full matrix, or ``None`` where the parameters are not all of linear layers used once on vectors."""
-    layers = linear_layers(problem.model, parameters)
-    covered = {name for layer in layers for name in (layer.weight, layer.bias) if name}
-    if covered != set(parameters.names):
+    first, _ = next(iter(problem.batches()))
+    covered = cover(problem, parameters, first)
+    simple = all(len(x.modules) == 1 and isinstance(x.form, LinearForm) for x in covered.layers)
+    if covered.uncovered or not simple:
         return None
+    layers = {name: layer for layer in covered.layers for name in layer.modules}
     sums: dict[tuple[str, str], Tensor] = {}
     for whole, size in problem.batches():
-        for batch in split(whole, size, _samples_at_once(problem, layers)):
+        for batch in split(whole, size, _samples_at_once(problem, covered.layers)):
             tape = record(problem, layers, batch)
             if not _used_once_on_vectors(tape, layers, problem.objective.size(batch)):
                 return None
-            _add(sums, curvature(problem, tape, batch))
-    places = {layer.name: _places(layer, parameters) for layer in layers}
+            _add(sums, curvature(problem, tape, batch), layers)
+    places = {name: layer.form.places[0] for name, layer in layers.items()}
     return _scatter(sums, places, parameters).div_(problem.size)
 
 
-def _samples_at_once(problem: Problem, layers: list[LinearLayer]) -> int:
+def _samples_at_once(problem: Problem, layers: Sequence[Layer]) -> int:
     """How many samples' second derivatives fit the budget."""
-    inputs = sum(layer.inputs for layer in layers)
-    outputs = sum(layer.outputs for layer in layers)
-    widest = max((layer.inputs + 1) * layer.outputs for layer in layers)
+    shapes = [layer.form.places.shape for layer in layers]
+    inputs = sum(shape[2] for shape in shapes)
+    outputs = sum(shape[1] for shape in shapes)
+    widest = max(shape[1] * shape[2] for shape in shapes)
     element = torch.empty(0, dtype=problem.parameters.dtype).element_size()
     # Q and A of the sample, a Khatri-Rao row, and the graph of the backward pass of every output.
     per_sample = element * (outputs * (outputs + inputs) + 2 * widest) + 3 * outputs * problem.sample_bytes
     return max(1, problem.memory_budget // per_sample)
 
 
-def _places(layer: LinearLayer, parameters: ParameterSpace) -> Int[Tensor, "o e"]:
-    """Positions in the flat vector of ``[weight, bias]`` of a layer, as far as they take part."""
-    spans = dict(zip(parameters.names, parameters.spans, strict=True))
-    shapes = dict(zip(parameters.names, parameters.shapes, strict=True))
-    columns = []
-    if layer.weight:
-        columns.append(torch.arange(*spans[layer.weight]).view(shapes[layer.weight]))
-    if layer.bias:
-        columns.append(torch.arange(*spans[layer.bias])[:, None])
-    return torch.cat(columns, dim=1).to(parameters.device)
-
-
-def _used_once_on_vectors(tape: Tape, layers: list[LinearLayer], size: int) -> bool:
-    names = [use.layer.name for use in tape.uses]
+def _used_once_on_vectors(tape: Tape, layers: Mapping[str, Layer], size: int) -> bool:
     on_vectors = all(use.inputs.ndim == 2 and use.inputs.shape[0] == size for use in tape.uses)
-    return on_vectors and sorted(names) == sorted(layer.name for layer in layers) and tape.outputs.ndim == 2
+    return on_vectors and sorted(use.module for use in tape.uses) == sorted(layers) and tape.outputs.ndim == 2
 
 
-def _extended(inputs: Tensor, layer: LinearLayer, last: float) -> Tensor:
+def _extended(inputs: Tensor, layer: Layer, last: float) -> Tensor:
     """The columns of ``[inputs, last]`` that belong to parameters."""
-    parts = [inputs] if layer.weight else []
-    if layer.bias:
+    parts = [inputs] if "weight" in layer.parts else []
+    if "bias" in layer.parts:
         parts.append(inputs.new_full((*inputs.shape[:-1], 1), last))
     return torch.cat(parts, dim=-1)
 
 
-def _add(sums: dict[tuple[str, str], Tensor], curvature: LayerCurvature) -> None:
-    """Add the batch's sum over samples to ``(o_k, e_k, o_l, e_l)`` for every pair of layers."""
-    layers = [use.layer for use in curvature.uses]
+def _add(
+    sums: dict[tuple[str, str], Tensor], curvature: LayerCurvature, by_module: Mapping[str, Layer]
+) -> None:
+    """Add the batch's sum over samples to ``(o_k, e_k, o_l, e_l)`` for every pair of modules."""
+    names = [use.module for use in curvature.uses]
+    layers = [by_module[name] for name in names]
     extended = [_extended(a, layer, 1.0) for a, layer in zip(curvature.inputs, layers, strict=True)]
     for (k, other), block in curvature.blocks.items():
         flow = curvature.flow.get((k, other))
         flow = None if flow is None else _extended(flow, layers[other], 0.0)
         left, right = extended[k].T, extended[other]
         shape = (block.shape[1], left.shape[0], block.shape[2], right.shape[1])
-        key = (layers[k].name, layers[other].name)
+        key = (names[k], names[other])
         total = sums.setdefault(key, block.new_zeros(shape))
         for output in range(block.shape[1]):
             # A layer's own block is symmetric in its two outputs: the other half is mirrored at the end.

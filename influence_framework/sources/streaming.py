@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -14,12 +14,16 @@ from torch import Tensor
 from influence_framework.data import Batch
 from influence_framework.derivatives import rows_at_once
 from influence_framework.errors import NonFiniteError
-from influence_framework.layers import layer_batch, linear_layers
+from influence_framework.layers import Cover, Layer, LayerBatch, Rows, cover, layer_batches
 from influence_framework.operators import Operator, dense_by_columns
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
-from influence_framework.protocols import LayerBatch, LinearOperator
+from influence_framework.protocols import LinearOperator
 from influence_framework.sources.layered import Curvature, layered_dense
+
+Samples = int | Literal["exact"]
+Draws = Callable[[Problem, Samples, torch.Generator], Rows]
+"""From the number of samples and a generator to what draws cotangents of outputs."""
 
 
 class Linearization(ABC):
@@ -30,6 +34,7 @@ class Linearization(ABC):
     """
 
     def __init__(self, problem: Problem, parameters: ParameterSpace, batch: Batch) -> None:
+        problem.require_second_derivatives()
         self.parameters = parameters
         self.leaves = list((leaves := parameters.leaves(problem.model)).values())
         # A second backward pass makes about as many tensors as the first, and that as the forward pass.
@@ -47,13 +52,14 @@ class Linearization(ABC):
 
 
 @dataclass(eq=False)
-class _GraphCache:
-    """Linearisations kept between products; moving to another device drops them."""
+class _Cache:
+    """Linearisations kept between products, and the layers; moving to another device drops them."""
 
     kept: list[tuple[Linearization, int]] | None = None
+    cover: Cover | None = None
 
-    def to(self, device: Any) -> _GraphCache:
-        return _GraphCache()
+    def to(self, device: Any) -> _Cache:
+        return _Cache()
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +75,7 @@ class StreamingOperator(Operator):
         parameters: What is differentiated with respect to; a subset of ``problem.parameters``.
         linearize: Builds the curvature of one batch.
         at_layers: The same curvature with respect to the outputs of linear layers.
+        rows: Cotangents of the outputs whose second moment is the curvature in the outputs.
         keep_graphs: Keep every batch's graphs for the next product: faster, at their price in memory.
     """
 
@@ -76,11 +83,9 @@ class StreamingOperator(Operator):
     parameters: ParameterSpace
     linearize: Callable[[Problem, ParameterSpace, Batch], Linearization]
     at_layers: Curvature
+    rows: Draws
     keep_graphs: bool = False
-    _cache: _GraphCache = field(default_factory=_GraphCache, repr=False)
-
-    def __post_init__(self) -> None:
-        self.problem.require_second_derivatives()
+    _cache: _Cache = field(default_factory=_Cache, repr=False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -139,11 +144,19 @@ class StreamingOperator(Operator):
         # The square root of the precision: far above rounding, far below a missing term.
         return bool(error <= torch.finfo(self.dtype).eps ** 0.5 * torch.linalg.vector_norm(expected))
 
-    def layer_batches(self) -> Iterator[Mapping[str, Sequence[LayerBatch]]]:
-        """Inputs and output gradients of the linear layers, batch by batch."""
-        layers = linear_layers(self.problem.model, self.parameters)
-        for batch, _ in self.problem.batches():
-            yield layer_batch(self.problem, layers, batch)
+    def cover(self) -> Cover:
+        """The layers whose gradients have a matrix form, and the parameters outside them."""
+        if self._cache.cover is None:
+            batch, _ = next(iter(self.problem.batches()))
+            self._cache.cover = cover(self.problem, self.parameters, batch)
+        return self._cache.cover
+
+    def layer_batches(
+        self, layers: Sequence[Layer], samples: Samples, generator: torch.Generator
+    ) -> Iterator[tuple[Mapping[Layer, LayerBatch], int]]:
+        """Inputs and output gradients of ``layers``, batch by batch; see :class:`LayerStatistics`."""
+        rows = self.rows(self.problem, samples, generator)
+        return layer_batches(self.problem, layers, rows, samples)
 
     def minibatches(self, generator: torch.Generator) -> Iterator[LinearOperator]:
         """Operators of random mini-batches, without end."""

@@ -1,0 +1,115 @@
+"""Scores from layer inputs and output gradients, for inverses that need no per-sample gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from influence_framework.data import Batch, split
+from influence_framework.layers import Layer, layer_batch, true_gradients
+from influence_framework.problem import Problem
+from influence_framework.protocols import InverseOperator, LayerScoring, LayerStatistics, LinearOperator
+
+Sides = Mapping[str, Any]
+"""By block, what its inverse made of some samples."""
+
+
+def suits(operators: Mapping[str, LinearOperator], inverses: Mapping[str, InverseOperator]) -> bool:
+    """Whether every block can be scored this way."""
+    return all(
+        isinstance(inverse, LayerScoring)
+        and inverse.scores_layers
+        and isinstance(operators[name], LayerStatistics)
+        for name, inverse in inverses.items()
+    )
+
+
+class LayerScorer:
+    """Scores by block, from one pass over the model for all blocks.
+
+    Args:
+        problem: Model and objective.
+        operators: Of every block, each with ``LayerStatistics``.
+        inverses: Of every block, each with ``LayerScoring``.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        operators: Mapping[str, LinearOperator],
+        inverses: Mapping[str, InverseOperator],
+    ) -> None:
+        self.problem = problem
+        self.inverses = cast("Mapping[str, LayerScoring]", inverses)
+        self.layers: dict[str, Sequence[Layer]] = {
+            name: cast(LayerStatistics, operator).cover().layers for name, operator in operators.items()
+        }
+
+    def scores(
+        self, test: Batch, train: Batch, at: Sequence[Mapping[str, InverseOperator]] | None = None
+    ) -> list[dict[str, Float[Tensor, "m n"]]]:
+        """``g_mᵀ (C + λI)⁻¹ g_n`` of every pair by block, with the inverses ``at`` each of several λ."""
+        chosen = [self.inverses] if at is None else cast("Sequence[Mapping[str, LayerScoring]]", at)
+        rows: list[list[dict[str, Tensor]]] = []
+        for held in self._held(test):
+            pieces = []
+            for batch in self._pieces(train):
+                sides = self._sides(batch)
+                pieces.append(
+                    [{name: i.scores(held[name], sides[name]) for name, i in x.items()} for x in chosen]
+                )
+            rows.append([_joined(parts, 1) for parts in zip(*pieces, strict=True)])
+        return [_joined(parts, 0) for parts in zip(*rows, strict=True)]
+
+    def self_scores(self, batch: Batch) -> dict[str, Float[Tensor, " n"]]:
+        """``gᵀ (C + λI)⁻¹ g`` of every sample with itself, by block."""
+        parts = []
+        for piece in self._pieces(batch):
+            sides = self._sides(piece)
+            parts.append({name: inverse.self_scores(sides[name]) for name, inverse in self.inverses.items()})
+        return _joined(parts, 0)
+
+    def _pieces(self, batch: Batch) -> Iterator[Batch]:
+        yield from split(batch, self.problem.objective.size(batch), self.problem.max_batch)
+
+    def _sides(self, batch: Batch) -> dict[str, Any]:
+        every = [layer for layers in self.layers.values() for layer in layers]
+        found = layer_batch(self.problem, every, batch, true_gradients(self.problem))
+        size = self.problem.objective.size(batch)
+        return {
+            name: inverse.side({x.name: found[x] for x in self.layers[name] if x in found}, size)
+            for name, inverse in self.inverses.items()
+        }
+
+    def _held(self, batch: Batch) -> Iterator[Sides]:
+        """The samples of one side, as many at a time as half the budget holds."""
+        found: list[Sides] = []
+        held = 0
+        for piece in self._pieces(batch):
+            sides = self._sides(piece)
+            size = sum(side.nbytes for side in sides.values())
+            if found and held + size > self.problem.memory_budget // 2:
+                yield self._combined(found)
+                found, held = [], 0
+            found.append(sides)
+            held += size
+        yield self._combined(found)
+
+    def _combined(self, found: Sequence[Sides]) -> Sides:
+        if len(found) == 1:
+            return found[0]
+        return {name: i.join([sides[name] for sides in found]) for name, i in self.inverses.items()}
+
+
+def _pairs(inverses: Mapping[str, LayerScoring], test: Sides, train: Sides) -> dict[str, Tensor]:
+    return {name: inverse.scores(test[name], train[name]) for name, inverse in inverses.items()}
+
+
+def _joined(parts: Sequence[Mapping[str, Tensor]], dim: int) -> dict[str, Tensor]:
+    if len(parts) == 1:
+        return dict(parts[0])
+    return {name: torch.cat([part[name] for part in parts], dim=dim) for name in parts[0]}

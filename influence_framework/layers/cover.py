@@ -1,0 +1,154 @@
+"""Which parameters have a gradient in matrix form, which have not, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from influence_framework.data import Batch, take
+from influence_framework.derivatives import gradients_of
+from influence_framework.errors import InvalidInputError
+from influence_framework.layers.forms import FORMS, MatrixForm, UnsupportedLayerError, form_of
+from influence_framework.layers.statistics import Recorded
+from influence_framework.layers.tape import Layer
+from influence_framework.parameters import ROOT_LAYER, ParameterSpace
+from influence_framework.problem import Problem
+
+
+@dataclass(frozen=True)
+class Cover:
+    """The layers in matrix form, and the parameters outside them.
+
+    Attributes:
+        layers: In the order of the model's modules. Their ``places`` count from the start of the
+            operator's flat vector.
+        uncovered: Parameter names, each with the reason why no layer has it.
+    """
+
+    layers: tuple[Layer, ...]
+    uncovered: Mapping[str, str]
+
+
+def cover(problem: Problem, parameters: ParameterSpace, batch: Batch) -> Cover:
+    """The layers that own some of ``parameters``, each confirmed on two samples of ``batch``.
+
+    A layer counts only if what is computed from its inputs and output gradients equals the gradients that
+    autograd gives: a model may use a weight behind its module's back, or a module on something other
+    than samples.
+    """
+    layers, uncovered = _candidates(problem.model, parameters)
+    size = min(2, problem.objective.size(batch))
+    refuted = _refuted(problem, parameters, layers, take(batch, slice(0, size)), size)
+    for layer in refuted:
+        for name in layer.parts.values():
+            uncovered[name] = (
+                f"the model uses it in other ways than as the {_kind(problem.model, layer)} it is in"
+            )
+    kept = tuple(layer for layer in layers if layer not in refuted)
+    return Cover(kept, {name: uncovered[name] for name in parameters.names if name in uncovered})
+
+
+def _kind(model: nn.Module, layer: Layer) -> str:
+    return type(model.get_submodule(next(iter(layer.modules)))).__name__
+
+
+def _candidates(model: nn.Module, parameters: ParameterSpace) -> tuple[list[Layer], dict[str, str]]:
+    places = {
+        name: torch.arange(*span, device=parameters.device).view(shape)
+        for name, span, shape in zip(parameters.names, parameters.spans, parameters.shapes, strict=True)
+    }
+    named = {id(parameter): name for name, parameter in model.named_parameters()}
+    # Of each module: its own parameters that take part, by their names in it and in the model.
+    owned = {
+        module_name: {
+            local: named[id(parameter)]
+            for local, parameter in module.named_parameters(recurse=False)
+            if named[id(parameter)] in places
+        }
+        for module_name, module in model.named_modules()
+    }
+    owners: dict[str, list[tuple[str, str]]] = {name: [] for name in places}
+    for module_name, parts in owned.items():
+        for local, name in parts.items():
+            owners[name].append((module_name, local))
+    layers: list[Layer] = []
+    uncovered: dict[str, str] = {}
+    for module_name, parts in owned.items():
+        alone = {local: name for local, name in parts.items() if len(owners[name]) == 1}
+        groups = [({module_name: alone}, module_name or ROOT_LAYER)] if alone else []
+        for local, name in parts.items():
+            # Parameters that several modules share are a layer of their own, listed with the first of them.
+            if len(owners[name]) > 1 and owners[name][0] == (module_name, local):
+                groups.append(({owner: {at: name} for owner, at in owners[name]}, name))
+        for users, label in groups:
+            names = {local: name for part in users.values() for local, name in part.items()}
+            try:
+                layers.append(Layer(label, _forms(model, users, places), names))
+            except UnsupportedLayerError as error:
+                uncovered.update(dict.fromkeys(names.values(), str(error)))
+    return layers, uncovered
+
+
+def _forms(
+    model: nn.Module, users: Mapping[str, Mapping[str, str]], places: Mapping[str, Tensor]
+) -> dict[str, MatrixForm]:
+    forms = {}
+    for module_name, parts in users.items():
+        module = model.get_submodule(module_name)
+        form = form_of(module, FORMS)
+        if form is None:
+            raise UnsupportedLayerError(f"{type(module).__name__} has no matrix form")
+        forms[module_name] = form(module, {local: places[name] for local, name in parts.items()})
+    first, *others = forms.values()
+    if any(o.one_hot != first.one_hot or not torch.equal(o.places, first.places) for o in others):
+        kinds = " and ".join(sorted({type(model.get_submodule(name)).__name__ for name in users}))
+        raise UnsupportedLayerError(f"it is shared by modules of different kinds ({kinds})")
+    return forms
+
+
+def _refuted(
+    problem: Problem, parameters: ParameterSpace, layers: list[Layer], batch: Batch, size: int
+) -> list[Layer]:
+    """The layers whose gradients are not what autograd finds, for a random cotangent of the outputs."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    cotangents: list[Tensor] = []
+
+    def rows(outputs: Tensor, _: Batch) -> Tensor:
+        drawn = torch.randn(outputs.shape, generator=generator, dtype=torch.float64, device="cpu")
+        cotangents.append(drawn.to(outputs.device, outputs.dtype))
+        return cotangents[0][None]
+
+    recorded = Recorded.of(problem, layers, batch, rows)
+    if not cotangents:
+        return []
+    leaves = parameters.leaves(problem.model)
+    truth = []
+    for i in range(size):
+        sample = slice(i, i + 1)
+        with torch.enable_grad():
+            outputs = problem.outputs(leaves, take(batch, sample))
+        gradients = gradients_of(outputs, list(leaves.values()), cotangents[0][sample], keep_graph=False)
+        truth.append(parameters.flatten(dict(zip(leaves, gradients, strict=True))))
+    expected = torch.stack(truth)
+    # The square root of the precision: far above rounding, far below a missing term.
+    tolerance = torch.finfo(parameters.dtype).eps ** 0.5
+    return [
+        layer
+        for layer in layers
+        if not _agree(recorded, layer, expected[:, layer.form.places.to(expected.device)], tolerance)
+    ]
+
+
+def _agree(recorded: Recorded, layer: Layer, expected: Tensor, tolerance: float) -> bool:
+    try:
+        found = recorded.at(layer)
+        gradients = torch.zeros_like(expected) if found is None else found.gradients()[0]
+    except (RuntimeError, InvalidInputError):  # a module that was not applied to samples
+        return False
+    if gradients.shape != expected.shape:
+        return False
+    error = torch.linalg.vector_norm((gradients - expected).double())
+    return bool(error <= tolerance * torch.linalg.vector_norm(expected.double()))

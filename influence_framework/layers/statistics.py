@@ -1,0 +1,192 @@
+"""Inputs and output gradients of layers in matrix form, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from influence_framework.data import Batch, split, take
+from influence_framework.derivatives import gradients_of, pull_back, rows_at_once
+from influence_framework.errors import InvalidInputError
+from influence_framework.layers.forms import MatrixForm
+from influence_framework.layers.tape import Layer, Tape, record
+from influence_framework.output_curvature import OutputCurvature
+from influence_framework.problem import Problem
+
+Rows = Callable[[Tensor, Batch], Tensor]
+"""From a batch's outputs ``(n, …)`` to ``s`` cotangents of them, ``(s, n, …)``."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerBatch:
+    """One layer's part in one batch of ``n`` samples, for ``s`` draws of output gradients.
+
+    The gradient of draw ``s`` and sample ``n`` in matrix form is ``G[s,n] = Σ_t δ[s,n,t] ⊗ ā[n,t]``,
+    ``(g, o, e)``, with ``t`` over the positions at which the layer was applied.
+
+    Attributes:
+        inputs: ``ā``, ``(g, n, t, e)``; or ``(n, t)`` with the indices of unit vectors ``ā``.
+        output_gradients: ``δ``, ``(s, g, n, t, o)``.
+        columns: ``e``.
+    """
+
+    inputs: Float[Tensor, "g n t e"] | Int[Tensor, "n t"]
+    output_gradients: Float[Tensor, "s g n t o"]
+    columns: int
+
+    @property
+    def one_hot(self) -> bool:
+        """Whether ``inputs`` are indices."""
+        return not self.inputs.is_floating_point()
+
+    @property
+    def size(self) -> int:
+        """``n``."""
+        return self.output_gradients.shape[2]
+
+    @property
+    def positions(self) -> int:
+        """Number of positions ``t``."""
+        return self.output_gradients.shape[3]
+
+    def gradients(self) -> Float[Tensor, "s n g o e"]:
+        """``G`` of every draw and sample."""
+        return contract_positions(self.output_gradients, self.inputs, self.columns)
+
+
+def contract_positions(
+    output_gradients: Float[Tensor, "s g n t o"],
+    inputs: Float[Tensor, "g n t e"] | Int[Tensor, "n t"],
+    columns: int,
+) -> Float[Tensor, "s n g o e"]:
+    """``Σ_t δ[s,n,t] ⊗ ā[n,t]``."""
+    if inputs.is_floating_point():
+        return torch.einsum("sgnto,gnte->sngoe", output_gradients, inputs)
+    draws, groups, size, positions, outputs = output_gradients.shape
+    total = output_gradients.new_zeros(draws, groups, size, columns, outputs)
+    index = inputs[None, None, :, :, None].expand(draws, groups, size, positions, outputs)
+    return total.scatter_add_(3, index, output_gradients).permute(0, 2, 1, 4, 3)
+
+
+def true_gradients(problem: Problem) -> Rows:
+    """The gradient of each sample's own loss with respect to its outputs, as one draw."""
+
+    def rows(outputs: Tensor, batch: Batch) -> Tensor:
+        leaf = outputs.detach().requires_grad_()
+        with torch.enable_grad():
+            total = problem.objective.sample_losses(leaf, batch).sum()
+        return gradients_of(total, [leaf], keep_graph=False)[0][None]
+
+    return rows
+
+
+def fisher_rows(problem: Problem, samples: int | Literal["exact"], generator: torch.Generator) -> Rows:
+    """Pseudo-gradients of the outputs, whose second moment is the Hessian of the loss in the outputs.
+
+    With them the second moment of parameter gradients is the Gauss-Newton matrix, which is the Fisher
+    information where the loss is a negative log-likelihood: exactly, or in expectation over ``samples``
+    draws from the model's predictive distribution.
+    """
+
+    def rows(outputs: Tensor, batch: Batch) -> Tensor:
+        curvature = OutputCurvature.of(problem.objective, outputs, batch)
+        return curvature.exact() if samples == "exact" else curvature.draw(samples, generator)
+
+    return rows
+
+
+def layer_batch(problem: Problem, layers: Iterable[Layer], batch: Batch, rows: Rows) -> dict[Layer, LayerBatch]:
+    """One batch's inputs and output gradients of every layer that the model applied.
+
+    Raises:
+        InvalidInputError: A layer was applied to something other than the samples of the batch.
+    """
+    layers = list(layers)
+    recorded = Recorded.of(problem, layers, batch, rows)
+    found = {layer: recorded.at(layer) for layer in layers}
+    return {layer: part for layer, part in found.items() if part is not None}
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A batch that has been through the model and back, before it is brought into any layer's form.
+
+    Attributes:
+        tape: Every use of the layers' modules.
+        gradients: ``(s, *shape)`` with respect to the output of each.
+    """
+
+    tape: Tape
+    gradients: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, problem: Problem, layers: Sequence[Layer], batch: Batch, rows: Rows) -> Recorded:
+        """Run ``batch`` through the model, and ``rows`` back."""
+        tape = record(problem, dict.fromkeys(name for layer in layers for name in layer.modules), batch)
+        gradients = _output_gradients(problem, tape, rows(tape.outputs.detach(), batch)) if tape.uses else []
+        return cls(tape, gradients)
+
+    def at(self, layer: Layer) -> LayerBatch | None:
+        """The layer's part; ``None`` where the model did not apply it."""
+        uses = [
+            _in_form(layer.modules[use.module], use.inputs.detach(), gradient, len(self.tape.outputs), layer)
+            for use, gradient in zip(self.tape.uses, self.gradients, strict=True)
+            if use.module in layer.modules
+        ]
+        return _joined(uses, layer.form.places.shape[2]) if uses else None
+
+
+def _output_gradients(problem: Problem, tape: Tape, rows: Float[Tensor, "s n ..."]) -> list[Tensor]:
+    """``(s, *shape)`` of every use: ``rows`` pulled back, as many at a time as pays."""
+    step = rows_at_once(rows.device, problem.sample_bytes * rows.shape[1], problem.memory_budget)
+    parts = [pull_back([tape.outputs], tape.shifts, [part]) for part in rows.split(step)]
+    return [
+        torch.cat([use.shift.new_zeros(1, *use.shift.shape).expand(len(rows), *use.shift.shape)])
+        if pieces[0] is None
+        else torch.cat([piece for piece in pieces if piece is not None])
+        for use, pieces in zip(tape.uses, zip(*parts, strict=True), strict=True)
+    ]
+
+
+def _in_form(
+    form: MatrixForm, inputs: Tensor, gradient: Tensor, size: int, layer: Layer
+) -> tuple[Tensor, Tensor]:
+    taken, given = form.inputs(inputs), form.output_gradients(inputs, gradient)
+    if given.shape[2] != size:
+        raise InvalidInputError(
+            f"The layer {layer.name!r} was applied to a tensor of shape {tuple(inputs.shape)}, whose first "
+            f"dimension is not the {size} samples of the batch: keep samples in the first dimension."
+        )
+    return taken, given
+
+
+def _joined(uses: Sequence[tuple[Tensor, Tensor]], columns: int) -> LayerBatch:
+    """Several uses of a layer are further positions of one."""
+    if len(uses) == 1:
+        return LayerBatch(*uses[0], columns)
+    inputs, gradients = zip(*uses, strict=True)
+    return LayerBatch(
+        torch.cat(inputs, dim=-1 if inputs[0].ndim == 2 else 2), torch.cat(gradients, dim=3), columns
+    )
+
+
+def layer_batches(
+    problem: Problem, layers: Sequence[Layer], rows: Rows, samples: int | Literal["exact"]
+) -> Iterator[tuple[Mapping[Layer, LayerBatch], int]]:
+    """One pass over the training data: every batch's layers, with its sample count."""
+    for whole, size in problem.batches():
+        draws = _outputs_of_a_sample(problem, whole) if samples == "exact" else samples
+        # Up to sixteen draws' output gradients take about what second derivatives would.
+        at_most = max(1, 16 * problem.max_batch // max(16, draws))
+        for batch in split(whole, size, at_most):
+            yield layer_batch(problem, layers, batch, rows), problem.objective.size(batch)
+
+
+def _outputs_of_a_sample(problem: Problem, batch: Batch) -> int:
+    with torch.no_grad():
+        return problem.outputs({}, take(batch, slice(0, 1))).numel()

@@ -1,0 +1,106 @@
+"""The influence model on Kronecker-factored curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from influence_framework.compose import Spec, resolve_source
+from influence_framework.influence import TorchInfluenceFunctionModel
+from influence_framework.objective import Loss, Objective
+from influence_framework.problem import DEFAULT_MEMORY_BUDGET
+from influence_framework.protocols import HessianSource, InfluenceMode
+from influence_framework.regularization import Regularization
+from influence_framework_ekfac.solver import EkfacSolver
+from influence_framework_ekfac.statistics import WeightSharing
+
+
+class EkfacInfluence(TorchInfluenceFunctionModel):
+    """``∇ℓ(z_test)ᵀ (C + λI)⁻¹ ∇ℓ(z)`` with Kronecker-factored curvature ``C``, one block a layer.
+
+    The same as ``compose(model, loss, solver={"name": "ekfac", ...}, blocks="per_layer", ...)``. Layers are
+    named after their modules in every result.
+
+    Args:
+        model: A trained model in eval mode.
+        update_diagonal: Refit the eigenvalues in the eigenbasis (EK-FAC); else plain K-FAC.
+        hessian_regularization: λ.
+        progress: Show a bar for each pass.
+        loss: ``loss(output, target) -> scalar``, or an objective; cross-entropy where left out.
+        source: The curvature.
+        blocks: Which parameters share a block. Curvature between layers is left out in any case.
+        memory_budget: Bytes for caches and intermediate results beside model, data and results.
+        samples: Targets drawn from the model's predictions for every sample, or ``"exact"``.
+        weight_sharing: What a position is to the factors; see :class:`EkfacSolver`.
+        uncovered: What becomes of parameters without a matrix form; see :class:`EkfacSolver`.
+        score_rtol: How far a score may be off; see :class:`EkfacSolver`.
+        dtype: Of covariances and eigendecompositions.
+        seed: Of the drawn targets.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        update_diagonal: bool = False,
+        hessian_regularization: Regularization = 0.0,
+        progress: bool = False,
+        *,
+        loss: Loss | Objective | None = None,
+        source: Spec | HessianSource = "gauss_newton",
+        blocks: str | Mapping[str, Sequence[str]] = "per_layer",
+        memory_budget: int = DEFAULT_MEMORY_BUDGET,
+        samples: int | Literal["exact"] = 1,
+        weight_sharing: WeightSharing = "expand",
+        uncovered: Literal["error", "diagonal", "identity"] = "error",
+        score_rtol: float = 1e-4,
+        dtype: torch.dtype = torch.float64,
+        seed: int = 0,
+    ) -> None:
+        solver = EkfacSolver(
+            update_diagonal=update_diagonal,
+            progress=progress,
+            samples=samples,
+            weight_sharing=weight_sharing,
+            uncovered=uncovered,
+            score_rtol=score_rtol,
+            dtype=dtype,
+            seed=seed,
+            memory_budget=memory_budget,
+        )
+        super().__init__(
+            model,
+            nn.CrossEntropyLoss() if loss is None else loss,
+            solver=solver,
+            source=resolve_source(source, precompute_grad=False),
+            blocks=blocks,
+            hessian_regularization=hessian_regularization,
+            memory_budget=memory_budget,
+        )
+
+    def influences_by_layer(
+        self,
+        x_test: Any,
+        y_test: Any,
+        x: Any = None,
+        y: Any = None,
+        mode: InfluenceMode | str = InfluenceMode.Up,
+    ) -> dict[str, Tensor]:
+        """Each layer's part of :meth:`influences`, ``(n_test, n_train)`` whatever the sizes."""
+        return self.influences_by_block(x_test, y_test, x, y, mode)
+
+    def influence_factors_by_layer(self, x: Any, y: Any) -> dict[str, Tensor]:
+        """Each layer's columns of :meth:`influence_factors`."""
+        return self.influence_factors_by_block(x, y)
+
+    def influences_from_factors_by_layer(
+        self,
+        z_test_factors: Mapping[str, Tensor],
+        x: Any,
+        y: Any,
+        mode: InfluenceMode | str = InfluenceMode.Up,
+    ) -> dict[str, Tensor]:
+        """Each layer's part of :meth:`influences_from_factors`, from factors by layer."""
+        return self.influences_from_factors_by_block(z_test_factors, x, y, mode)

@@ -1,0 +1,264 @@
+"""Scores of pairs in the eigenbasis of a layer, in whichever order takes the fewest flops.
+
+With ``δ`` and ``ā`` rotated into the eigenbasis and ``D = 1/(Λ + λ)``, a pair's score in one layer is
+``⟨G_m, D ∘ G_n⟩`` with ``G = Σ_t δ_t ⊗ ā_t``, ``(o, e)``. It can be had
+
+- from gradients: ``G_n`` formed for every sample, then ``o·e`` products a pair;
+- from positions: ``Σ_t δ_tᵀ (D ∘ G_m) ā_t``, which forms nothing of sample ``n``;
+- by a staircase: ``D`` is a constant but for a few directions, and the constant's part is
+  ``Σ_tt' (δ_t·δ_t')(ā_t·ā_t')``, which needs no gradient at all;
+- for unit vectors ``ā``, from the pairs of positions that hold the same index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from influence_framework.layers import LayerBatch, contract_positions
+from influence_framework_ekfac.filters import Filter, Step
+from influence_framework_ekfac.statistics import Eigenbasis
+
+
+@dataclass(frozen=True, eq=False)
+class Positions:
+    """Samples of one side, rotated.
+
+    Attributes:
+        deltas: ``(g, n, t, o)``.
+        inputs: ``(g, n, t, e)``; or indices ``(n, t)``.
+        columns: ``e``.
+    """
+
+    deltas: Float[Tensor, "g n t o"]
+    inputs: Float[Tensor, "g n t e"] | Int[Tensor, "n t"]
+    columns: int
+
+    @property
+    def size(self) -> int:
+        """``n``."""
+        return self.deltas.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held."""
+        return self.deltas.nbytes + self.inputs.nbytes
+
+    @property
+    def count(self) -> int:
+        """Positions of a sample."""
+        return self.deltas.shape[2]
+
+    @property
+    def one_hot(self) -> bool:
+        """Whether ``inputs`` are indices."""
+        return not self.inputs.is_floating_point()
+
+    def part(self, part: slice) -> Positions:
+        """Some of the samples."""
+        inputs = self.inputs[part] if self.one_hot else self.inputs[:, part]
+        return Positions(self.deltas[:, part], inputs, self.columns)
+
+    def gradients(self) -> Float[Tensor, "n g o e"]:
+        """``G`` of every sample."""
+        return contract_positions(self.deltas[None], self.inputs, self.columns)[0]
+
+    def corner(self, step: Step) -> Float[Tensor, "n p*q"]:
+        """``G`` on the directions of a step, flattened."""
+        deltas = self.deltas[step.group][..., step.rows]
+        inputs = self.inputs[step.group][..., step.columns]
+        return torch.einsum("ntp,ntq->npq", deltas, inputs).flatten(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """Samples of one side whose rotated gradients are smaller than their positions.
+
+    Attributes:
+        matrices: ``G``, ``(n, g, o, e)``.
+    """
+
+    matrices: Float[Tensor, "n g o e"]
+
+    @property
+    def size(self) -> int:
+        """``n``."""
+        return self.matrices.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held."""
+        return self.matrices.nbytes
+
+    def part(self, part: slice) -> Gradients:
+        """Some of the samples."""
+        return Gradients(self.matrices[part])
+
+    def gradients(self) -> Float[Tensor, "n g o e"]:
+        """``G`` of every sample."""
+        return self.matrices
+
+
+Side = Positions | Gradients
+AnySide = TypeVar("AnySide", Positions, Gradients, Side)
+
+
+@dataclass(frozen=True, eq=False)
+class Sides:
+    """One side of the pairs.
+
+    Attributes:
+        layers: Its samples at each layer, by name.
+        size: Number of samples.
+    """
+
+    layers: dict[str, Side]
+    size: int
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held."""
+        return sum(side.nbytes for side in self.layers.values())
+
+
+def side_of(basis: Eigenbasis, batch: LayerBatch) -> Side:
+    """One draw's samples in the eigenbasis, in the smaller of the two forms."""
+    positions, outputs = batch.output_gradients.shape[3:]
+    as_positions = positions * (outputs + (1 if batch.one_hot else batch.columns))
+    if as_positions <= outputs * batch.columns:
+        turned = basis.rotated(batch)
+        return Positions(turned.output_gradients[0], turned.inputs, batch.columns)
+    return Gradients(basis.gradients(batch)[0])
+
+
+def join_sides(sides: list[Side]) -> Side:
+    """Several batches as one."""
+    positions = [side for side in sides if isinstance(side, Positions)]
+    if len(positions) == len(sides) and len({side.count for side in positions}) == 1:
+        inputs = torch.cat([side.inputs for side in positions], dim=0 if positions[0].one_hot else 1)
+        return Positions(torch.cat([side.deltas for side in positions], dim=1), inputs, positions[0].columns)
+    return Gradients(torch.cat([side.gradients() for side in sides]))
+
+
+def own_scores(side: Side, dense: Float[Tensor, "g o e"], budget: int) -> Float[Tensor, " n"]:
+    """``⟨G_n, D ∘ G_n⟩`` of every sample."""
+    dense = dense.to(_dtype(side))
+    if isinstance(side, Positions) and side.count == 1 and not side.one_hot:
+        weighted = side.deltas[:, :, 0].square() @ dense
+        return (weighted * side.inputs[:, :, 0].square()).sum((0, 2))
+    step = _samples(budget, 2 * dense.numel() * dense.element_size())
+    return torch.cat([(part.gradients().square_() * dense).sum((1, 2, 3)) for part in _parts(side, step)])
+
+
+def pair_scores(test: Side, train: Side, spectral: Filter, budget: int) -> Float[Tensor, "m n"]:
+    """``⟨G_m, D ∘ G_n⟩`` of every pair, by the order of contraction that takes the fewest flops."""
+    outputs, columns = spectral.dense.shape[1:]
+    pairs, size = test.size * train.size, spectral.dense.numel()
+    formed = pairs * size + _forming(test, size) + _forming(train, size)
+    orders: list[tuple[int, Callable[[], Tensor]]] = [
+        (formed, partial(_by_gradients, test, train, spectral, budget))
+    ]
+    if isinstance(test, Positions) and isinstance(train, Positions):
+        together = test.count * train.count
+        if test.one_hot:
+            orders.append((pairs * together * outputs, partial(_by_indices, test, train, spectral, budget)))
+        else:
+            # On a par with gradients for one position, where it saves writing and reading them.
+            streamed = pairs * train.count * size + _forming(test, size)
+            orders.append((streamed, partial(_by_positions, test, train, spectral, budget)))
+            if spectral.steps is not None:
+                constant = together * len(spectral.dense) * (outputs + columns)
+                corners = pairs * spectral.area + _forming(test, spectral.area) + _forming(train, spectral.area)
+                staircase = pairs * constant + corners
+                orders.append(
+                    (staircase, partial(_by_staircase, test, train, spectral, spectral.steps, budget))
+                )
+    _, fewest = min(orders, key=lambda order: order[0])
+    return fewest()
+
+
+def _forming(side: Side, size: int) -> int:
+    return side.size * side.count * size if isinstance(side, Positions) else 0
+
+
+def _dtype(side: Side) -> torch.dtype:
+    return side.deltas.dtype if isinstance(side, Positions) else side.matrices.dtype
+
+
+def _samples(budget: int, each: int) -> int:
+    return max(1, budget // each)
+
+
+def _parts(side: AnySide, step: int) -> Iterator[AnySide]:
+    for start in range(0, side.size, step):
+        yield side.part(slice(start, start + step))
+
+
+def _by_gradients(test: Side, train: Side, spectral: Filter, budget: int) -> Float[Tensor, "m n"]:
+    step = _samples(budget, 4 * spectral.dense.numel() * spectral.dense.element_size())
+    scores = spectral.dense.new_empty(test.size, train.size)
+    for start, left in zip(range(0, test.size, step), _parts(test, step), strict=True):
+        weighted = (left.gradients() * spectral.dense).flatten(1)
+        for at, right in zip(range(0, train.size, step), _parts(train, step), strict=True):
+            scores[start : start + step, at : at + step] = weighted @ right.gradients().flatten(1).T
+    return scores
+
+
+def _by_positions(test: Positions, train: Positions, spectral: Filter, budget: int) -> Float[Tensor, "m n"]:
+    groups, outputs, columns = spectral.dense.shape
+    each = groups * columns * (outputs + train.size * train.count) * spectral.dense.element_size()
+    scores = []
+    for left in _parts(test, _samples(budget, 2 * each)):
+        # δ_tᵀ (D ∘ G_m) of all positions and test samples as one product: (g, n·t, m·e).
+        weighted = (left.gradients() * spectral.dense).permute(1, 2, 0, 3).flatten(2)
+        turned = (train.deltas.flatten(1, 2) @ weighted).unflatten(2, (left.size, columns))
+        scores.append(torch.einsum("gkme,gke->mk", turned, train.inputs.flatten(1, 2)))
+    by_position: Tensor = torch.cat(scores).unflatten(1, (train.size, train.count))
+    return by_position.sum(2)
+
+
+def _by_staircase(
+    test: Positions, train: Positions, spectral: Filter, steps: Sequence[Step], budget: int
+) -> Float[Tensor, "m n"]:
+    together = test.count * train.count
+    element = spectral.dense.element_size()
+    widest = max((step.values.numel() for step in steps), default=0)
+    each = element * (2 * spectral.dense.shape[0] * test.size * together + widest)
+    scores = []
+    corners = [
+        (test.corner(step) * step.values.flatten()) if test.size * widest * element <= budget else None
+        for step in steps
+    ]
+    for right in _parts(train, _samples(budget, each)):
+        products = _dots(test.deltas, right.deltas) * _dots(test.inputs, right.inputs)
+        total = spectral.constant * products.sum((0, 2, 4))
+        for step, corner in zip(steps, corners, strict=True):
+            left = test.corner(step) * step.values.flatten() if corner is None else corner
+            total.addmm_(left, right.corner(step).T)
+        scores.append(total)
+    return torch.cat(scores, dim=1)
+
+
+def _dots(left: Float[Tensor, "g m t i"], right: Float[Tensor, "g n u i"]) -> Float[Tensor, "g m t n u"]:
+    """Every vector of one side times every vector of the other."""
+    products = left.flatten(1, 2) @ right.flatten(1, 2).mT
+    apart: Tensor = products.unflatten(2, right.shape[1:3]).unflatten(1, left.shape[1:3])
+    return apart
+
+
+def _by_indices(test: Positions, train: Positions, spectral: Filter, budget: int) -> Float[Tensor, "m n"]:
+    weights = spectral.dense[0].T[test.inputs.flatten()].unflatten(0, test.inputs.shape)
+    weighted = test.deltas[0] * weights
+    each = 3 * test.deltas[0, ..., 0].numel() * train.count * spectral.dense.element_size()
+    scores = []
+    for right in _parts(train, _samples(budget, each)):
+        products = _dots(weighted[None], right.deltas)[0]
+        same = test.inputs[:, :, None, None] == right.inputs
+        scores.append((products * same).sum((1, 3)))
+    return torch.cat(scores, dim=1)

@@ -1,0 +1,218 @@
+"""The solvers ``ekfac`` and ``kfac``: options, and the two passes over the data."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from influence_framework.errors import InvalidInputError, MissingCapabilityError
+from influence_framework.layers import Cover, Layer
+from influence_framework.protocols import Diagonal, LayerStatistics, LinearOperator
+from influence_framework_ekfac.inverse import EkfacInverse, EkfacLayer
+from influence_framework_ekfac.statistics import (
+    Covariances,
+    Eigenbasis,
+    SecondMoments,
+    WeightSharing,
+    compute_dtype,
+)
+
+ALONE = "only"
+"""Name of the block where a single operator is fitted."""
+
+
+@dataclass(frozen=True)
+class KroneckerSolver:
+    """What ``ekfac`` and ``kfac`` share: options, and everything but the choice of eigenvalues."""
+
+    samples: int | Literal["exact"] = 1
+    weight_sharing: WeightSharing = "expand"
+    uncovered: Literal["error", "diagonal", "identity"] = "error"
+    score_rtol: float = 1e-4
+    dtype: torch.dtype = torch.float64
+    seed: int = 0
+    memory_budget: int = 256 * 2**20
+    progress: bool = False
+
+    fixed: ClassVar[bool] = True
+    requires: ClassVar[tuple[type[Any], ...]] = (LayerStatistics,)
+    default_source: ClassVar[str] = "gauss_newton"
+
+    def __post_init__(self) -> None:
+        samples = self.samples
+        if samples != "exact" and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
+            raise InvalidInputError(
+                f"samples is a positive number of draws for every sample, or 'exact'; got {samples!r}."
+            )
+        if self.weight_sharing not in ("expand", "reduce"):
+            raise InvalidInputError(f"weight_sharing is 'expand' or 'reduce', got {self.weight_sharing!r}.")
+        if self.uncovered not in ("error", "diagonal", "identity"):
+            raise InvalidInputError(f"uncovered is 'error', 'diagonal' or 'identity', got {self.uncovered!r}.")
+        if not 0 <= self.score_rtol < 1:
+            raise InvalidInputError(f"score_rtol is at least 0 and below 1, got {self.score_rtol}.")
+        if self.dtype not in (torch.float32, torch.float64):
+            raise InvalidInputError(f"dtype is torch.float32 or torch.float64, got {self.dtype}.")
+        if self.memory_budget <= 0:
+            raise InvalidInputError(f"memory_budget is a positive number of bytes, got {self.memory_budget}.")
+
+    @property
+    @abstractmethod
+    def refits(self) -> bool:
+        """Whether eigenvalues are refitted in the eigenbasis."""
+
+    def fit(self, operator: LinearOperator, regularization: float) -> EkfacInverse:
+        """Factor the layers of one operator.
+
+        Raises:
+            InvalidInputError: Parameters that no layer covers, under ``uncovered="error"``.
+            MissingCapabilityError: ``uncovered="diagonal"`` over an operator without a diagonal.
+            NonFiniteError: Inputs or output gradients with NaN or infinity.
+        """
+        return self.fit_jointly({ALONE: operator}, {ALONE: regularization})[ALONE]
+
+    def fit_jointly(
+        self, operators: Mapping[str, LinearOperator], regularizations: Mapping[str, float]
+    ) -> dict[str, EkfacInverse]:
+        """Factor the layers of several operators over one problem, by two passes for all of them."""
+        covers = {name: self._cover(operator) for name, operator in operators.items()}
+        layers = [layer for cover in covers.values() for layer in cover.layers]
+        first = next(iter(operators.values()))
+        bases = self._bases(cast(LayerStatistics, first), layers, compute_dtype(first.dtype))
+        found = {}
+        for name, operator in operators.items():
+            fitted = {x.name: EkfacLayer(x.form.places, bases[x]) for x in covers[name].layers}
+            rest = self._rest(operator, fitted)
+            found[name] = EkfacInverse(
+                operator, regularizations[name], fitted, rest, self.score_rtol, self.memory_budget
+            )
+        return found
+
+    def _cover(self, operator: LinearOperator) -> Cover:
+        if not isinstance(operator, LayerStatistics):
+            raise MissingCapabilityError(
+                f"{type(self).__name__} needs the inputs and output gradients of layers (LayerStatistics), "
+                f"which {type(operator).__name__} does not offer: use the source 'gauss_newton' or "
+                "'empirical_fisher'."
+            )
+        cover = operator.cover()
+        if cover.uncovered and self.uncovered == "error":
+            covered = sum(layer.form.places.numel() for layer in cover.layers)
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in cover.uncovered.items())
+            raise InvalidInputError(
+                f"Kronecker factors cover {covered} of {operator.shape[0]} parameters "
+                f"({covered / operator.shape[0]:.1%}). Not covered: {reasons}. Freeze these parameters, "
+                "register a form for the layer with influence_framework.register_layer, or choose "
+                "uncovered='diagonal' (their exact diagonal) or 'identity' (λ alone)."
+            )
+        return cover
+
+    def _bases(
+        self, operator: LayerStatistics, layers: Sequence[Layer], dtype: torch.dtype
+    ) -> dict[Layer, Eigenbasis]:
+        covariances = {layer: Covariances(layer, self.weight_sharing, self.dtype) for layer in layers}
+        total = 0
+        for batches, size in self._pass(operator, layers, "Covariances"):
+            total += size
+            for layer, batch in batches.items():
+                covariances[layer].add(batch)
+        bases = {
+            layer: found.decompose(layer.name, total, dtype, layer.form.places.device)
+            for layer, found in covariances.items()
+        }
+        if not self.refits:
+            return bases
+        moments = {layer: SecondMoments(basis, self.memory_budget) for layer, basis in bases.items()}
+        for batches, _ in self._pass(operator, layers, "Eigenvalues"):
+            for layer, batch in batches.items():
+                moments[layer].add(batch)
+        return {layer: found.eigenbasis(total) for layer, found in moments.items()}
+
+    def _pass(self, operator: LayerStatistics, layers: Sequence[Layer], what: str) -> Iterator[Any]:
+        # Both passes see the same draws.
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        passed = operator.layer_batches(layers, self.samples, generator)
+        return iter(tqdm(passed, desc=what, unit=" batches", disable=not self.progress))
+
+    def _rest(
+        self, operator: LinearOperator, layers: Mapping[str, EkfacLayer]
+    ) -> tuple[Int[Tensor, " r"], Float[Tensor, " r"]]:
+        """Positions of parameters in no layer, and the curvature they are given."""
+        free = torch.ones(operator.shape[0], dtype=torch.bool, device=operator.device)
+        for layer in layers.values():
+            free[layer.places.flatten()] = False
+        index = torch.nonzero(free)[:, 0]
+        if not len(index) or self.uncovered == "identity":
+            return index, torch.zeros(len(index), dtype=operator.dtype, device=operator.device)
+        if not isinstance(operator, Diagonal):
+            raise MissingCapabilityError(
+                "uncovered='diagonal' needs the exact diagonal (Diagonal), which "
+                f"{type(operator).__name__} does not offer: use the source 'gauss_newton' or "
+                "'empirical_fisher', or uncovered='identity'."
+            )
+        return index, operator.diagonal()[index]
+
+
+@dataclass(frozen=True)
+class EkfacSolver(KroneckerSolver):
+    """Eigenvalue-corrected Kronecker-factored curvature, one block a layer.
+
+    A layer's gradient is ``G_n = Σ_t δ_nt ⊗ ā_nt`` over the positions ``t`` at which it is applied, with its
+    input ``ā`` (a one appended for the bias) and the gradient ``δ`` of the sample's loss in its output. With
+    the eigenvectors ``Q_A`` of ``E ā āᵀ`` and ``Q_G`` of ``E δ δᵀ``::
+
+        C ≈ (Q_G ⊗ Q_A) diag(Λ) (Q_G ⊗ Q_A)ᵀ        Λ = 1/N Σ_n (Q_Gᵀ G_n Q_A)²
+
+    George et al. (2018), "Fast Approximate Natural Gradient Descent in a Kronecker-factored Eigenbasis",
+    §3; for influence functions Grosse et al. (2023), "Studying Large Language Model Generalization with
+    Influence Functions", §3.1. Curvature between layers is left out. Two passes over the data, of one
+    forward and ``samples`` backward passes each; for layers applied once per sample no gradient is formed.
+
+    With the source ``gauss_newton``, or ``hessian``, whose Gauss-Newton part it then approximates, ``δ``
+    comes from targets drawn from the model's own predictive distribution; with ``empirical_fisher``
+    from the true ones.
+
+    Attributes:
+        samples: Targets drawn for every sample; or ``"exact"``: the expectation over them, with a backward
+            pass for every output (class).
+        weight_sharing: What a position is to the factors, where a layer has several: ``"expand"``, a case of
+            its own; ``"reduce"``, part of a sample's mean input and summed gradient. Eschenhagen et al.
+            (2023), "Kronecker-Factored Approximate Curvature for Modern Neural Network Architectures", §3.
+            The refitted eigenvalues are of whole samples either way.
+        uncovered: What becomes of parameters without a matrix form: ``"error"``; ``"diagonal"``, their exact
+            diagonal curvature; ``"identity"``, none, so that λ alone acts.
+        score_rtol: How far a score of a pair may be off, relative to the geometric mean of the two
+            self-influences, in return for fewer flops; 0 for none.
+        dtype: Of covariances and eigendecompositions.
+        seed: Of the drawn targets.
+        memory_budget: Bytes for intermediate results.
+        progress: Show a bar for each pass.
+        update_diagonal: Refit the eigenvalues in the eigenbasis, as above. ``False``: ``Λ = λ_G ⊗ λ_A``, which
+            is K-FAC.
+    """
+
+    update_diagonal: bool = True
+
+    @property
+    def refits(self) -> bool:
+        return self.update_diagonal
+
+
+@dataclass(frozen=True)
+class KfacSolver(KroneckerSolver):
+    """Kronecker-factored curvature ``C ≈ E δ δᵀ ⊗ E ā āᵀ``, one block a layer.
+
+    What ``ekfac`` is without its correction of the eigenvalues; the options mean the same. One pass over
+    the data. Martens and Grosse (2015), "Optimizing Neural Networks with Kronecker-factored Approximate
+    Curvature", §3. λ is added to the eigenvalues of the product, not to the factors.
+    """
+
+    @property
+    def refits(self) -> bool:
+        return False

@@ -1,0 +1,198 @@
+"""Kronecker factors of each layer's curvature, their eigenbases, and the eigenvalues in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from influence_framework.errors import NonFiniteError
+from influence_framework.layers import Layer, LayerBatch
+
+WeightSharing = Literal["expand", "reduce"]
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What rotations and products are done in: half precision is too coarse for sums of squares."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Eigenbasis:
+    """``F ≈ (Q_G ⊗ Q_A) diag(Λ) (Q_G ⊗ Q_A)ᵀ`` of one layer, for each of its groups.
+
+    Attributes:
+        outputs: ``Q_G``, ``(g, o, o)``.
+        inputs: ``Q_A``, ``(g, e, e)``; ``None`` where it is the identity.
+        values: ``Λ``, ``(g, o, e)``, float64 or what was asked for.
+    """
+
+    outputs: Float[Tensor, "g o o"]
+    inputs: Float[Tensor, "g e e"] | None
+    values: Float[Tensor, "g o e"]
+
+    def rotated(self, batch: LayerBatch) -> LayerBatch:
+        """The batch with inputs ``Q_Aᵀ ā`` and output gradients ``Q_Gᵀ δ``, in at least single precision."""
+        deltas = batch.output_gradients.to(self.outputs.dtype)
+        inputs = batch.inputs
+        if self.inputs is not None:
+            inputs = _times(inputs.to(self.inputs.dtype), self.inputs)
+        return LayerBatch(inputs, _times(deltas, self.outputs), batch.columns)
+
+    def gradients(self, batch: LayerBatch) -> Float[Tensor, "s n g o e"]:
+        """``Q_Gᵀ G Q_A`` of every draw and sample, with the rotation where it takes fewer flops."""
+        outputs, columns, positions = self.values.shape[1], self.values.shape[2], batch.positions
+        inside = 0 if self.inputs is None else columns
+        before = positions * (outputs**2 + inside**2)
+        after = outputs * columns * (outputs + inside)
+        if before <= after:
+            return self.rotated(batch).gradients()
+        wide = LayerBatch(
+            batch.inputs.to(self.outputs.dtype) if batch.inputs.is_floating_point() else batch.inputs,
+            batch.output_gradients.to(self.outputs.dtype),
+            batch.columns,
+        )
+        return self.rotate(wide.gradients())
+
+    def rotate(self, matrices: Float[Tensor, "*k g o e"]) -> Float[Tensor, "*k g o e"]:
+        """``Q_Gᵀ M Q_A``."""
+        turned = self.outputs.mT @ matrices
+        return turned if self.inputs is None else turned @ self.inputs
+
+    def rotate_back(self, matrices: Float[Tensor, "*k g o e"]) -> Float[Tensor, "*k g o e"]:
+        """``Q_G M Q_Aᵀ``."""
+        turned = self.outputs @ matrices
+        return turned if self.inputs is None else turned @ self.inputs.mT
+
+
+def _times(vectors: Float[Tensor, "*s g n t i"], basis: Float[Tensor, "g i j"]) -> Float[Tensor, "*s g n t j"]:
+    """Every vector times its group's basis, as one matrix product a group."""
+    if basis.shape[0] == 1:
+        return vectors @ basis[0]
+    return vectors @ basis[:, None]
+
+
+class Covariances:
+    """Sums of ``ā āᵀ`` and ``δ δᵀ`` of one layer.
+
+    With ``"expand"`` every position counts by itself; with ``"reduce"`` a sample's positions are first
+    averaged (inputs) and summed (output gradients). Eschenhagen et al. (2023), "Kronecker-Factored
+    Approximate Curvature for Modern Neural Network Architectures", §3.
+    """
+
+    def __init__(self, layer: Layer, sharing: WeightSharing, dtype: torch.dtype) -> None:
+        self.groups, self.outputs, self.columns = layer.form.places.shape
+        self.one_hot = layer.form.one_hot
+        self.sharing = sharing
+        self.dtype = dtype
+        self.positions = 0
+        self.gradient: Tensor | float = 0.0
+        self.input: Tensor | float = 0.0
+
+    def add(self, batch: LayerBatch) -> None:
+        """Add one batch's sums."""
+        deltas, inputs = batch.output_gradients, batch.inputs
+        if self.sharing == "reduce":
+            deltas = deltas.sum(3, keepdim=True)
+        # All draws, samples and positions of a group, one after the other.
+        rows = deltas.transpose(0, 1).flatten(1, 3).to(self.dtype)
+        self.gradient = self.gradient + rows.mT @ rows
+        count = batch.size if self.sharing == "reduce" else batch.size * batch.positions
+        self.positions += count
+        if self.one_hot:
+            self.input = self.input + self._one_hot(batch)
+            return
+        if self.sharing == "reduce":
+            inputs = inputs.mean(2, keepdim=True)
+        vectors = inputs.flatten(1, 2).to(self.dtype)
+        self.input = self.input + vectors.mT @ vectors
+
+    def _one_hot(self, batch: LayerBatch) -> Float[Tensor, "1 e"]:
+        """The diagonal of the covariance of unit vectors, all of it that there is under ``"expand"``."""
+        size, positions = batch.inputs.shape
+        if self.sharing == "expand":
+            return torch.bincount(batch.inputs.flatten(), minlength=self.columns).to(self.dtype)[None]
+        sample = torch.arange(size, device=batch.inputs.device)[:, None].expand(size, positions)
+        pairs, counts = torch.unique((sample * self.columns + batch.inputs).flatten(), return_counts=True)
+        squares = (counts.to(self.dtype) / positions).square()
+        total = torch.zeros(1, self.columns, dtype=self.dtype, device=batch.inputs.device)
+        return total.index_add_(1, pairs % self.columns, squares[None])
+
+    def decompose(self, name: str, samples: int, dtype: torch.dtype, device: torch.device) -> Eigenbasis:
+        """Eigenbases in ``dtype``, and the Kronecker products of the eigenvalues: ``Λ = λ_G ⊗ λ_A``."""
+        if isinstance(self.gradient, float) or isinstance(self.input, float):
+            # The model never applied this layer, and its gradient is zero.
+            shape = (self.groups, self.outputs, self.columns)
+            basis = torch.eye(self.outputs, dtype=dtype, device=device).expand(self.groups, -1, -1)
+            return Eigenbasis(basis, None, torch.zeros(shape, dtype=self.dtype, device=device))
+        left, outputs = _eigh(self.gradient / samples, f"output gradients of {name!r}")
+        covariance = self.input / max(self.positions, 1)
+        if self.one_hot:
+            return Eigenbasis(outputs.to(dtype), None, left[:, :, None] * covariance[:, None, :])
+        right, inputs = _eigh(covariance, f"inputs of {name!r}")
+        return Eigenbasis(outputs.to(dtype), inputs.to(dtype), left[:, :, None] * right[:, None, :])
+
+
+def _eigh(covariance: Float[Tensor, "g i i"], what: str) -> tuple[Float[Tensor, "g i"], Float[Tensor, "g i i"]]:
+    if not torch.isfinite(covariance).all():
+        raise NonFiniteError(
+            f"The covariance of the {what} contains NaN or infinity: check the data and the model."
+        )
+    values, vectors = torch.linalg.eigh(covariance)
+    # Covariances have no negative eigenvalues but for rounding.
+    return values.clamp_min(0), vectors
+
+
+class SecondMoments:
+    """The eigenvalues of one layer refitted in its eigenbasis: ``Λ = 1/N Σ_n Σ_s (Q_Gᵀ G[s,n] Q_A)²``.
+
+    The best diagonal in that basis. George et al. (2018), "Fast Approximate Natural Gradient Descent in a
+    Kronecker-factored Eigenbasis", §3.
+    """
+
+    def __init__(self, basis: Eigenbasis, budget: int) -> None:
+        self.basis = basis
+        self.budget = budget
+        self.total = torch.zeros_like(basis.values)
+
+    def add(self, batch: LayerBatch) -> None:
+        """Add one batch's squares."""
+        if batch.one_hot:
+            self._add_one_hot(self.basis.rotated(batch))
+        elif batch.positions == 1:
+            # (Σ_t δ ⊗ ā)² = δ² ⊗ ā²: no sample's gradient is formed.
+            turned = self.basis.rotated(batch)
+            squares = turned.output_gradients.square().sum(0)[:, :, 0]
+            self.total += squares.mT @ turned.inputs[:, :, 0].square()
+        else:
+            for part in in_parts(batch, self.budget):
+                self.total += self.basis.gradients(part).square_().sum((0, 1))
+
+    def _add_one_hot(self, turned: LayerBatch) -> None:
+        """Sum the positions of a sample that hold the same index, square, and add up over samples."""
+        draws, _, size, positions, outputs = turned.output_gradients.shape
+        sample = torch.arange(size, device=turned.inputs.device)[:, None].expand(size, positions)
+        pairs, place = torch.unique((sample * turned.columns + turned.inputs).flatten(), return_inverse=True)
+        flat = turned.output_gradients[:, 0].flatten(1, 2)
+        sums = flat.new_zeros(draws, len(pairs), outputs).index_add_(1, place, flat)
+        squares = sums.square().sum(0).T.to(self.total)
+        self.total[0].index_add_(1, pairs % turned.columns, squares)
+
+    def eigenbasis(self, samples: int) -> Eigenbasis:
+        """The basis with its refitted eigenvalues."""
+        return Eigenbasis(self.basis.outputs, self.basis.inputs, self.total / samples)
+
+
+def in_parts(batch: LayerBatch, budget: int) -> Iterable[LayerBatch]:
+    """The batch in pieces whose gradients take at most ``budget`` bytes."""
+    draws, groups, size, _, outputs = batch.output_gradients.shape
+    element = max(4, batch.output_gradients.element_size())
+    step = max(1, budget // (2 * draws * groups * outputs * batch.columns * element))
+    for start in range(0, size, step):
+        part = slice(start, start + step)
+        inputs = batch.inputs[part] if batch.one_hot else batch.inputs[:, part]
+        yield LayerBatch(inputs, batch.output_gradients[:, :, part], batch.columns)
