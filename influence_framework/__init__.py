@@ -30,6 +30,7 @@ from influence_framework.errors import (
 )
 from influence_framework.hookspecs import hookimpl
 from influence_framework.influence import TorchInfluenceFunctionModel
+from influence_framework.layers import MatrixForm, UnsupportedLayerError, register_layer
 from influence_framework.lowrank import LowRankInverse
 from influence_framework.objective import Objective, SupervisedObjective
 from influence_framework.operators import (
@@ -46,6 +47,8 @@ from influence_framework.protocols import (
     InfluenceFunctionModel,
     InfluenceMode,
     InverseOperator,
+    JointSolver,
+    LayerScoring,
     LayerStatistics,
     LinearOperator,
     Minibatches,
@@ -55,8 +58,10 @@ from influence_framework.protocols import (
     Solver,
     StopReason,
     Sweepable,
+    Trace,
 )
 from influence_framework.registry import Registry, default_registry, hessian_sources, solvers
+from influence_framework.regularization import RelativeRegularization
 
 __all__ = [
     "BlockDiagonalOperator",
@@ -72,9 +77,12 @@ __all__ = [
     "InfluenceMode",
     "InvalidInputError",
     "InverseOperator",
+    "JointSolver",
+    "LayerScoring",
     "LayerStatistics",
     "LinearOperator",
     "LowRankInverse",
+    "MatrixForm",
     "Minibatches",
     "MissingCapabilityError",
     "NonFiniteError",
@@ -87,6 +95,7 @@ __all__ = [
     "Preconditioning",
     "Problem",
     "Registry",
+    "RelativeRegularization",
     "Reregularizable",
     "SingularOperatorError",
     "Solution",
@@ -95,13 +104,16 @@ __all__ = [
     "SupervisedObjective",
     "Sweepable",
     "TorchInfluenceFunctionModel",
+    "Trace",
     "UnknownMethodError",
     "UnknownOptionError",
+    "UnsupportedLayerError",
     "compose",
     "default_registry",
     "from_scipy",
     "hessian_sources",
     "hookimpl",
+    "register_layer",
     "solvers",
     "to_scipy",
 ]

@@ -16,6 +16,7 @@ from influence_framework.objective import Loss, Objective
 from influence_framework.problem import DEFAULT_MEMORY_BUDGET
 from influence_framework.protocols import HessianSource, Solver
 from influence_framework.registry import KINDS, Kind, Method, Registry, default_registry
+from influence_framework.regularization import Regularization
 
 Spec = str | Mapping[str, Any]
 DEFAULT_SOURCE = "gauss_newton"
@@ -28,7 +29,7 @@ def compose(
     solver: Spec | Solver,
     source: Spec | HessianSource | None = None,
     blocks: str | Mapping[str, Sequence[str]] = "full",
-    hessian_regularization: float | Mapping[str, float] = 0.0,
+    hessian_regularization: Regularization = 0.0,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
     registry: Registry = default_registry,
 ) -> TorchInfluenceFunctionModel:
@@ -44,7 +45,7 @@ def compose(
         blocks: ``"full"``, ``"per_layer"``, ``"per_parameter"`` or a mapping from block name to parameter
             names; curvature between blocks is left out.
         hessian_regularization: λ of ``(C + λI)⁻¹``, in the units of the curvature of the *mean* loss; one
-            number, or one per block name.
+            number, or one per block name; ``RelativeRegularization(0.1)`` is a tenth of the mean eigenvalue.
         memory_budget: Bytes for caches and intermediate results beside model, data and results.
         registry: Where names are looked up.
 

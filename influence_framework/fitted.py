@@ -36,6 +36,7 @@ from influence_framework.protocols import (
     Solver,
     Sweepable,
 )
+from influence_framework.regularization import Strength, absolute
 
 SOLVE_COPIES = 12
 """Vectors of the length of a right-hand side that an iterative solver holds for each of them."""
@@ -130,7 +131,7 @@ class Fitted:
         blocks: Blocks,
         source: HessianSource,
         solver: Solver,
-        strengths: Mapping[str, float],
+        regularization: Mapping[str, Strength],
     ) -> Self:
         """One inverse per block."""
         parts = {name: problem.parameters.subset(names) for name, names in blocks.items()}
@@ -138,6 +139,7 @@ class Fitted:
         places = {name: problem.parameters.indices_of(part) for name, part in parts.items()}
         for operator in operators.values():
             require_capabilities(type(solver).__name__, operator, getattr(solver, "requires", ()))
+        strengths = {name: absolute(regularization[name], op, name) for name, op in operators.items()}
         if isinstance(solver, JointSolver):
             inverses = solver.fit_jointly(operators, strengths)
         else:
@@ -148,11 +150,17 @@ class Fitted:
         }
         return cls(problem, fitted, model_state(problem.model))
 
-    def with_regularization(self, strengths: Mapping[str, float]) -> Self:
+    def with_regularization(self, regularization: Mapping[str, Strength]) -> Self:
         """The same at another λ per block."""
         with random_state_kept():
+            strengths = self._absolute(regularization)
             blocks = {name: block.with_regularization(strengths[name]) for name, block in self.blocks.items()}
         return replace(self, blocks=blocks)
+
+    def _absolute(self, regularization: Mapping[str, Strength]) -> dict[str, float]:
+        return {
+            name: absolute(regularization[name], block.operator, name) for name, block in self.blocks.items()
+        }
 
     def size(self, batch: Batch) -> int:
         """Samples in ``batch``."""
@@ -180,26 +188,29 @@ class Fitted:
         return {name: torch.cat([part[name] for part in parts]) for name in self.blocks}
 
     def sweep(
-        self, test: Batch, train: Batch, mode: InfluenceMode, strengths: Sequence[float]
-    ) -> dict[float, dict[str, Tensor]]:
+        self, test: Batch, train: Batch, mode: InfluenceMode, values: Sequence[Strength]
+    ) -> dict[Strength, dict[str, Tensor]]:
         """:meth:`scores` at each λ, with one pass over the gradients of each side for all of them."""
         if mode is InfluenceMode.Up and self.size(train) < self.size(test):
-            swapped = self.sweep(train, test, mode, strengths)
+            swapped = self.sweep(train, test, mode, values)
             return {s: {name: part.T for name, part in scores.items()} for s, scores in swapped.items()}
-        at = {name: block.at_each(strengths) for name, block in self.blocks.items()}
+        each = [self._absolute(dict.fromkeys(self.blocks, value)) for value in values]
+        strengths = {name: [at[name] for at in each] for name in self.blocks}
+        at = {name: block.at_each(strengths[name]) for name, block in self.blocks.items()}
         if mode is InfluenceMode.Up and (scorer := self._layer_scorer()) is not None:
-            each = [{name: at[name][i].inverse for name in at} for i in range(len(strengths))]
-            return dict(zip(strengths, scorer.scores(test, train, each), strict=True))
+            inverses = [{name: at[name][i].inverse for name in at} for i in range(len(values))]
+            return dict(zip(values, scorer.scores(test, train, inverses), strict=True))
         parts = []
-        for gradients in self._gradients(test, copies=SOLVE_COPIES * len(strengths)):
+        for gradients in self._gradients(test, copies=SOLVE_COPIES * len(values)):
             factors = {
-                (s, name): Factors(rows, block.index)
+                (i, name): Factors(rows, block.index)
                 for name, block in self.blocks.items()
-                for s, rows in zip(strengths, block.solve_sweep(gradients, strengths, at[name]), strict=True)
+                for i, rows in enumerate(block.solve_sweep(gradients, strengths[name], at[name]))
             }
             parts.append(_contract(mode, factors, self.problem, train))
         return {
-            s: {name: torch.cat([part[s, name] for part in parts]) for name in self.blocks} for s in strengths
+            value: {name: torch.cat([part[i, name] for part in parts]) for name in self.blocks}
+            for i, value in enumerate(values)
         }
 
     def self_scores(self, batch: Batch) -> dict[str, Float[Tensor, " n"]]:

@@ -18,7 +18,13 @@ from influence_framework.objective import Loss, Objective
 from influence_framework.parameters import Blocks
 from influence_framework.problem import DEFAULT_MEMORY_BUDGET, Problem
 from influence_framework.protocols import HessianSource, InfluenceMode, InverseOperator, Solver
-from influence_framework.regularization import check_regularization, per_block
+from influence_framework.regularization import (
+    Regularization,
+    RelativeRegularization,
+    Strength,
+    check_regularization,
+    per_block,
+)
 
 
 class TorchInfluenceFunctionModel:
@@ -44,7 +50,8 @@ class TorchInfluenceFunctionModel:
         solver: How ``C + λI`` is inverted.
         source: Which curvature ``C`` is.
         blocks: Which parameters share a block; curvature between blocks is left out.
-        hessian_regularization: λ, one number or one per block name.
+        hessian_regularization: λ, one number or one per block name; a :class:`RelativeRegularization` stands
+            for a fraction of the mean eigenvalue.
         memory_budget: Bytes for caches and intermediate results beside model, data and results.
     """
 
@@ -56,7 +63,7 @@ class TorchInfluenceFunctionModel:
         solver: Solver,
         source: HessianSource,
         blocks: str | Mapping[str, Sequence[str]] = "full",
-        hessian_regularization: float | Mapping[str, float] = 0.0,
+        hessian_regularization: Regularization = 0.0,
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
     ) -> None:
         if memory_budget <= 0:
@@ -109,7 +116,7 @@ class TorchInfluenceFunctionModel:
             self._fit = Fitted.fit(problem, blocks, self.source, self.solver, strengths)
         return self
 
-    def with_regularization(self, hessian_regularization: float | Mapping[str, float]) -> Self:
+    def with_regularization(self, hessian_regularization: Regularization) -> Self:
         """The same model at another λ; this one stays as it is.
 
         If fitted, so is the result: without fitting again where the inverse offers it, else by fitting
@@ -198,11 +205,11 @@ class TorchInfluenceFunctionModel:
         self,
         x: Any,
         y: Any,
-        regularization_values: Sequence[float] | float,
+        regularization_values: Sequence[Strength] | Strength,
         x_train: Any = None,
         y_train: Any = None,
         mode: InfluenceMode | str = InfluenceMode.Up,
-    ) -> dict[float, dict[str, Tensor]]:
+    ) -> dict[Strength, dict[str, Tensor]]:
         """:meth:`influences_by_block` for several λ at about the cost of one.
 
         Gradients are computed once for all λ, and systems are solved together where the inverse can.
@@ -224,7 +231,7 @@ class TorchInfluenceFunctionModel:
             InvalidInputError: What does not fit, with the remedy.
         """
         fitted = self._fitted()
-        if isinstance(regularization_values, int | float):
+        if isinstance(regularization_values, int | float | RelativeRegularization):
             regularization_values = [regularization_values]
         if not len(regularization_values):
             raise InvalidInputError("regularization_values is empty: pass at least one λ.")
@@ -232,7 +239,7 @@ class TorchInfluenceFunctionModel:
             check_regularization(value, "regularization_values")
         mode, test, train = self._pairs(x, y, x_train, y_train, mode)
         with random_state_kept():
-            return fitted.sweep(test, train, mode, list(dict.fromkeys(map(float, regularization_values))))
+            return fitted.sweep(test, train, mode, list(dict.fromkeys(regularization_values)))
 
     def influence_factors(self, x: Any, y: Any) -> Float[Tensor, "n P"]:
         """``(C + λI)⁻¹ ∇ℓ(z)`` of every point, one row each, in the order of the flat vector.

@@ -54,6 +54,13 @@ class Diagonal(Protocol):
 
 
 @runtime_checkable
+class Trace(Protocol):
+    """Capability: the trace at a cost far below ``P`` products, exact or with an error of a few per cent."""
+
+    def trace(self) -> float: ...
+
+
+@runtime_checkable
 class Dense(Protocol):
     """Capability: the full ``(P, P)`` matrix at a cost below ``P`` products."""
 

@@ -1,31 +1,68 @@
-"""The regularisation λ: one number, or one per block."""
+"""The regularisation λ: one number, or one per block; absolute, or relative to the curvature's own size."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
 
 from influence_framework.errors import InvalidInputError, did_you_mean
+from influence_framework.protocols import Diagonal, LinearOperator, Trace
 
-Regularization = float | Mapping[str, float]
+PROBES = 64
+"""Random vectors of the estimate of a trace."""
+
+
+@dataclass(frozen=True)
+class RelativeRegularization:
+    """λ as a fraction of the mean eigenvalue ``tr(C)/P`` of each block.
+
+    Curvature differs by orders of magnitude between layers, and with the loss and the data; a fraction of
+    its own size means the same for all. Grosse et al. (2023), "Studying Large Language Model
+    Generalization with Influence Functions", §3.1, take a tenth.
+
+    The mean eigenvalue is that of the curvature, whatever the solver makes of it: exact for
+    ``gauss_newton`` of up to 64 outputs and for ``empirical_fisher``; else an estimate from 64 random
+    vectors, the same at every call.
+
+    Attributes:
+        fraction: Of the mean eigenvalue.
+    """
+
+    fraction: float
+
+    def __post_init__(self) -> None:
+        _check(self.fraction, "fraction")
+
+
+Strength = float | RelativeRegularization
+Regularization = Strength | Mapping[str, Strength]
+
+
+def _check(value: object, which: str) -> None:
+    if isinstance(value, RelativeRegularization):
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidInputError(
+            f"The regularisation is a number, a RelativeRegularization, or a mapping from block name to "
+            f"either; {which!r} is {value!r}."
+        )
+    if not math.isfinite(value) or value < 0:
+        raise InvalidInputError(
+            f"The regularisation must be finite and not negative, got {value} for {which!r}."
+        )
 
 
 def check_regularization(regularization: Regularization, name: str = "hessian_regularization") -> None:
     """Raise :class:`InvalidInputError` unless every value is finite and not negative."""
     values = regularization if isinstance(regularization, Mapping) else {name: regularization}
     for which, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InvalidInputError(
-                f"The regularisation is a number or a mapping from block name to number; {which!r} is "
-                f"{value!r}."
-            )
-        if not math.isfinite(value) or value < 0:
-            raise InvalidInputError(
-                f"The regularisation must be finite and not negative, got {value} for {which!r}."
-            )
+        _check(value, which)
 
 
-def per_block(regularization: Regularization, blocks: Iterable[str]) -> dict[str, float]:
+def per_block(regularization: Regularization, blocks: Iterable[str]) -> dict[str, Strength]:
     """λ of each block, by name.
 
     Raises:
@@ -33,7 +70,7 @@ def per_block(regularization: Regularization, blocks: Iterable[str]) -> dict[str
     """
     blocks = list(blocks)
     if not isinstance(regularization, Mapping):
-        return dict.fromkeys(blocks, float(regularization))
+        return dict.fromkeys(blocks, regularization)
     for name in regularization:
         if name not in blocks:
             raise InvalidInputError(
@@ -46,4 +83,38 @@ def per_block(regularization: Regularization, blocks: Iterable[str]) -> dict[str
             f"hessian_regularization gives no value for the blocks {', '.join(missing)}: name every block, "
             "or pass one number."
         )
-    return {name: float(regularization[name]) for name in blocks}
+    return {name: regularization[name] for name in blocks}
+
+
+def absolute(strength: Strength, operator: LinearOperator, block: str) -> float:
+    """λ of one block in the units of its curvature.
+
+    Raises:
+        InvalidInputError: A fraction of a mean eigenvalue that is not positive.
+    """
+    if not isinstance(strength, RelativeRegularization):
+        return float(strength)
+    mean = mean_eigenvalue(operator)
+    if mean < 0:
+        raise InvalidInputError(
+            f"The mean eigenvalue of block {block!r} is {mean:.3g}: its curvature is mostly negative, and no "
+            "fraction of that is a regularisation. Give λ as a number, or use the source 'gauss_newton'."
+        )
+    return strength.fraction * mean
+
+
+def mean_eigenvalue(operator: LinearOperator) -> float:
+    """``tr(C)/P``: exact where the operator offers it, else by Hutchinson's estimate from seeded signs.
+
+    Hutchinson (1990), "A Stochastic Estimator of the Trace of the Influence Matrix for Laplacian
+    Smoothing Splines". Its standard error is at most ``√2·‖C‖_F/8`` over ``P``.
+    """
+    size = operator.shape[0]
+    if isinstance(operator, Trace):
+        return operator.trace() / size
+    if isinstance(operator, Diagonal):
+        return float(operator.diagonal().sum(dtype=torch.float64)) / size
+    generator = torch.Generator("cpu").manual_seed(0)
+    signs = torch.randint(2, (size, PROBES), generator=generator, device="cpu", dtype=torch.int8) * 2 - 1
+    probes = signs.to(operator.device, operator.dtype)
+    return float((probes * (operator @ probes)).sum(dtype=torch.float64)) / (PROBES * size)

@@ -67,8 +67,9 @@ def test_a_model_without_second_derivatives_has_scores(
 def test_but_no_curvature_products(cls: type[nn.Module], source: str) -> None:
     torch.manual_seed(0)
     problem, _ = problem_of(cls().double().eval())
+    operator = inf.hessian_sources[source].create().operator(problem, problem.parameters)
     with pytest.raises(inf.InvalidInputError, match="cannot be differentiated again"):
-        inf.hessian_sources[source].create().operator(problem, problem.parameters)
+        operator @ torch.ones(operator.shape[0], dtype=torch.float64)
 
 
 def test_and_no_mixed_derivatives() -> None:

@@ -1,6 +1,7 @@
 """Layers in matrix form: their inputs and output gradients, from the only hooks put on a model."""
 
-from influence_framework.layers.cover import Cover, cover
+from influence_framework.layers.covering import Cover, cover
+from influence_framework.layers.forms import MatrixForm, UnsupportedLayerError, register_layer
 from influence_framework.layers.statistics import (
     LayerBatch,
     Rows,
@@ -16,8 +17,10 @@ __all__ = [
     "Cover",
     "Layer",
     "LayerBatch",
+    "MatrixForm",
     "Rows",
     "Tape",
+    "UnsupportedLayerError",
     "Use",
     "contract_positions",
     "cover",
@@ -25,5 +28,6 @@ __all__ = [
     "layer_batch",
     "layer_batches",
     "record",
+    "register_layer",
     "true_gradients",
 ]

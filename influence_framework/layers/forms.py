@@ -16,13 +16,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from math import prod
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 
-from influence_framework.errors import InvalidInputError
+from influence_framework.errors import InvalidInputError, PluginConflictError
 from influence_framework.layers.convolution import Convolution, padded_patches, patch_rows
 
 
@@ -288,3 +288,26 @@ def form_of(module: nn.Module, table: Mapping[type | str, type[MatrixForm]]) -> 
         if form is not None:
             return form
     return None
+
+
+def register_layer(kind: Any, form: Any) -> None:
+    """Announce the matrix form of a type of layer, for curvature in Kronecker factors.
+
+    Call it where the layer is defined, or where a plugin is imported. Whether gradients in that form are
+    those of autograd is checked at every fit, so a form that does not hold is refused and not believed.
+
+    Args:
+        kind: The layer's class, or its dotted name where that need not be importable.
+        form: A subclass of :class:`MatrixForm`.
+
+    Raises:
+        InvalidInputError: Something else than a class of layers and a form.
+        PluginConflictError: The class has another form already.
+    """
+    if not isinstance(kind, str) and not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise InvalidInputError(f"Expected a subclass of torch.nn.Module or its dotted name, got {kind!r}.")
+    if not (isinstance(form, type) and issubclass(form, MatrixForm)):
+        raise InvalidInputError(f"Expected a subclass of MatrixForm, got {form!r}.")
+    if FORMS.get(kind, form) is not form:
+        raise PluginConflictError(f"{kind!r} has the matrix form {FORMS[kind].__qualname__} already.")
+    FORMS[kind] = form

@@ -54,6 +54,14 @@ class LayerBatch:
         """Number of positions ``t``."""
         return self.output_gradients.shape[3]
 
+    def square(self) -> float:
+        """``Σ_s Σ_n ‖G[s,n]‖²``, from products of positions where they are fewer than entries."""
+        deltas, inputs, positions = self.output_gradients, self.inputs, self.positions
+        if positions * (deltas.shape[4] + self.columns) > deltas.shape[4] * self.columns:
+            return float(self.gradients().square().sum(dtype=torch.float64))
+        same = inputs @ inputs.mT if not self.one_hot else (inputs[:, :, None] == inputs[:, None, :])[None]
+        return float(((deltas @ deltas.mT) * same).sum(dtype=torch.float64))
+
     def gradients(self) -> Float[Tensor, "s n g o e"]:
         """``G`` of every draw and sample."""
         return contract_positions(self.output_gradients, self.inputs, self.columns)

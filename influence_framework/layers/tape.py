@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,46 +68,22 @@ class Tape:
         return [use.shift for use in self.uses]
 
 
-@dataclass
-class _Notes:
-    """Uses as they come, with the state of their inputs at that time."""
-
-    copy: bool
-    uses: list[Use] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-
-    def add(self, module: str, inputs: Tensor, output: Tensor) -> Tensor:
-        shift = torch.zeros_like(output, requires_grad=True)
-        self.uses.append(Use(module, inputs.clone() if self.copy else inputs, shift))
-        self.versions.append(inputs._version)
-        return output + shift
-
-    @property
-    def overwritten(self) -> bool:
-        """Whether the model has written to an input after a layer had used it."""
-        return not self.copy and any(
-            use.inputs._version != version for use, version in zip(self.uses, self.versions, strict=True)
-        )
-
-
 def record(problem: Problem, modules: Iterable[str], batch: Batch) -> Tape:
     """Run the model on ``batch`` with its parameters held constant and every use of ``modules`` noted."""
-    modules = list(modules)
-    for copy in (False, True):
-        notes = _Notes(copy)
-        with torch.enable_grad(), _noting(problem.model, modules, notes):
-            outputs = problem.outputs({}, batch)
-        if not notes.overwritten:
-            break
-    return Tape(outputs, notes.uses)
+    uses: list[Use] = []
+    with torch.enable_grad(), _noting(problem.model, modules, uses):
+        outputs = problem.outputs({}, batch)
+    return Tape(outputs, uses)
 
 
 @contextmanager
-def _noting(model: nn.Module, names: Sequence[str], notes: _Notes) -> Iterator[None]:
+def _noting(model: nn.Module, names: Iterable[str], uses: list[Use]) -> Iterator[None]:
     def hook_for(name: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             (inputs, *_) = (*args, *kwargs.values())
-            return notes.add(name, inputs, output)
+            shift = torch.zeros_like(output, requires_grad=True)
+            uses.append(Use(name, inputs, shift))
+            return output + shift
 
         return hook
 

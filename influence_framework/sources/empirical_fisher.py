@@ -16,9 +16,12 @@ from influence_framework.layers import Rows, Tape, true_gradients
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
 from influence_framework.protocols import LinearOperator
-from influence_framework.sources.gauss_newton import SandwichLinearization, sandwich_at_layers
+from influence_framework.sources.gauss_newton import (
+    OuterProductOperator,
+    SandwichLinearization,
+    sandwich_at_layers,
+)
 from influence_framework.sources.layered import LayerCurvature
-from influence_framework.sources.streaming import StreamingOperator
 
 
 class FisherLinearization(SandwichLinearization):
@@ -44,8 +47,8 @@ def _labelled(problem: Problem, samples: int | Literal["exact"], generator: torc
     return true_gradients(problem)
 
 
-class EmpiricalFisherOperator(StreamingOperator):
-    """Offers ``Diagonal`` beside what every streaming operator offers."""
+class EmpiricalFisherOperator(OuterProductOperator):
+    """Offers ``Diagonal`` and ``Trace`` beside what every streaming operator offers."""
 
     def diagonal(self) -> Float[Tensor, " P"]:
         """``1/N Σ_i g_i²``."""

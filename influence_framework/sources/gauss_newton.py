@@ -18,7 +18,7 @@ from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
 from influence_framework.protocols import LinearOperator
 from influence_framework.sources.layered import LayerCurvature, jacobians
-from influence_framework.sources.streaming import Linearization, StreamingOperator
+from influence_framework.sources.streaming import Linearization, Samples, StreamingOperator
 
 
 class SandwichLinearization(Linearization):
@@ -84,8 +84,32 @@ def sandwich_at_layers(
     return LayerCurvature(tape.uses, [use.inputs.detach() for use in tape.uses], blocks, {}, [])
 
 
-class GaussNewtonOperator(StreamingOperator):
-    """Offers ``Diagonal`` beside what every streaming operator offers."""
+TRACE_OUTPUTS = 64
+"""Outputs of a sample up to which the trace is exact; of more, it is taken from as many random draws."""
+
+
+class OuterProductOperator(StreamingOperator):
+    """``1/N Σ_n Σ_s g[s,n] g[s,n]ᵀ``: the trace is the sum of squares of the gradients."""
+
+    @abstractmethod
+    def diagonal(self) -> Float[Tensor, " P"]:
+        """The exact diagonal."""
+
+    def trace(self) -> float:
+        """From inputs and output gradients of layers where they have all parameters, else from the diagonal."""
+        covered = self.cover()
+        if covered.uncovered:
+            return float(self.diagonal().sum(dtype=torch.float64))
+        generator = torch.Generator("cpu").manual_seed(0)
+        with torch.no_grad():
+            outputs = self.problem.outputs({}, next(iter(self.problem.batches()))[0])[0].numel()
+        samples: Samples = "exact" if outputs <= TRACE_OUTPUTS else TRACE_OUTPUTS
+        passed = self.layer_batches(covered.layers, samples, generator)
+        return sum(part.square() for batches, _ in passed for part in batches.values()) / self.problem.size
+
+
+class GaussNewtonOperator(OuterProductOperator):
+    """Offers ``Diagonal`` and ``Trace`` beside what every streaming operator offers."""
 
     def diagonal(self) -> Float[Tensor, " P"]:
         """``1/N Σ_i Σ_cd H_i[c, d] J_i[c]∘J_i[d]``, from per-sample Jacobians within the budget."""
