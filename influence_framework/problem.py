@@ -50,6 +50,7 @@ class Problem:
         parameters: All trainable parameters.
         data: Batches, re-iterable: held in memory where they fit the budget, else the caller's loader.
         cached: Whether ``data`` is held in memory.
+        example: The first one or two samples, for trials.
         size: ``N``, the number of samples of one pass.
         batch_size: Samples in the first batch of the caller's loader.
         sample_bytes: Bytes that autograd keeps of one sample's forward pass.
@@ -65,6 +66,7 @@ class Problem:
     parameters: ParameterSpace
     data: Iterable[Batch]
     cached: bool
+    example: Batch
     size: int
     batch_size: int
     sample_bytes: int
@@ -105,6 +107,7 @@ class Problem:
             parameters=parameters,
             data=data,
             cached=False,
+            example=None,
             twice_differentiable=False,
             memory_budget=memory_budget,
             state=random_state(data),
@@ -122,11 +125,12 @@ class Problem:
             sizes.append(problem.objective.size(batch))
             if len(sizes) == 1:
                 problem._check_one_sample_at_a_time(batch)
+                problem = replace(problem, example=map_leaves(torch.clone, take(batch, slice(0, 2))))
                 problem = replace(
                     problem,
                     sample_bytes=problem._activation_bytes(batch) // sizes[0] + 1,
                     sample_flops=problem._forward_flops(batch) // sizes[0],
-                    twice_differentiable=problem._has_second_derivatives(batch),
+                    twice_differentiable=problem._has_second_derivatives(),
                 )
             held += nbytes(batch)
             if held > self.memory_budget:
@@ -230,10 +234,10 @@ class Problem:
             self.outputs({}, batch)
         return int(counter.get_total_flops())
 
-    def _has_second_derivatives(self, batch: Batch) -> bool:
+    def _has_second_derivatives(self) -> bool:
         leaves = list((named := self.parameters.leaves(self.model)).values())
         with torch.enable_grad(), random_state_kept():
-            losses = self.sample_losses(named, take(batch, slice(0, 2)))
+            losses = self.sample_losses(named, self.example)
         return has_second_derivatives(losses, leaves)
 
     def require_second_derivatives(self) -> None:
@@ -245,6 +249,11 @@ class Problem:
                 "products would miss that part. Write its backward in differentiable operations, or freeze "
                 "the parameters before it."
             )
+
+    def outputs_of_a_sample(self) -> int:
+        """How many numbers the model returns for a sample."""
+        with torch.no_grad():
+            return self.outputs({}, self.example)[0].numel()
 
     @property
     def max_batch(self) -> int:

@@ -84,7 +84,7 @@ def build(module: nn.Module) -> tuple[inf.Problem, tuple[Tensor, Tensor], Cover]
         nn.init.normal_(parameter)
     data = (torch.randn(5, 4, dtype=torch.float64), torch.randint(3, (5,)))
     problem = inf.Problem.build(module.double().eval(), LOSS, [data])
-    return problem, data, cover(problem, problem.parameters, data)
+    return problem, data, cover(problem, problem.parameters)
 
 
 def check_gradients(problem: inf.Problem, data: tuple[Tensor, Tensor], covered: Cover) -> None:

@@ -189,7 +189,9 @@ class TestPlugins:
     def test_every_hook_is_explained(self, hook: str) -> None:
         assert f"`{hook}`" in self.text
 
-    @pytest.mark.parametrize("capability", [inf.Diagonal, inf.Dense, inf.Minibatches, inf.LayerStatistics])
+    @pytest.mark.parametrize(
+        "capability", [inf.Diagonal, inf.Trace, inf.Dense, inf.Minibatches, inf.LayerStatistics]
+    )
     def test_every_capability_is_named(self, capability: type) -> None:
         assert f"`{capability.__name__}`" in self.text
 

@@ -32,16 +32,15 @@ class Cover:
     uncovered: Mapping[str, str]
 
 
-def cover(problem: Problem, parameters: ParameterSpace, batch: Batch) -> Cover:
-    """The layers that own some of ``parameters``, each confirmed on two samples of ``batch``.
+def cover(problem: Problem, parameters: ParameterSpace) -> Cover:
+    """The layers that own some of ``parameters``, each confirmed on two samples.
 
     A layer counts only if what is computed from its inputs and output gradients equals the gradients that
     autograd gives: a model may use a weight behind its module's back, or a module on something other
     than samples.
     """
     layers, uncovered = _candidates(problem.model, parameters)
-    size = min(2, problem.objective.size(batch))
-    refuted = _refuted(problem, parameters, layers, take(batch, slice(0, size)), size)
+    refuted = _refuted(problem, parameters, layers)
     for layer in refuted:
         for name in layer.parts.values():
             uncovered[name] = (
@@ -109,9 +108,7 @@ def _forms(
     return forms
 
 
-def _refuted(
-    problem: Problem, parameters: ParameterSpace, layers: list[Layer], batch: Batch, size: int
-) -> list[Layer]:
+def _refuted(problem: Problem, parameters: ParameterSpace, layers: list[Layer]) -> list[Layer]:
     """The layers whose gradients are not what autograd finds, for a random cotangent of the outputs."""
     generator = torch.Generator("cpu").manual_seed(0)
     cotangents: list[Tensor] = []
@@ -121,15 +118,15 @@ def _refuted(
         cotangents.append(drawn.to(outputs.device, outputs.dtype))
         return cotangents[0][None]
 
-    recorded = Recorded.of(problem, layers, batch, rows)
+    recorded = Recorded.of(problem, layers, problem.example, rows)
     if not cotangents:
         return []
     leaves = parameters.leaves(problem.model)
     truth = []
-    for i in range(size):
+    for i in range(problem.objective.size(problem.example)):
         sample = slice(i, i + 1)
         with torch.enable_grad():
-            outputs = problem.outputs(leaves, take(batch, sample))
+            outputs = problem.outputs(leaves, take(problem.example, sample))
         gradients = gradients_of(outputs, list(leaves.values()), cotangents[0][sample], keep_graph=False)
         truth.append(parameters.flatten(dict(zip(leaves, gradients, strict=True))))
     expected = torch.stack(truth)

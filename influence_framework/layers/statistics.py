@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from influence_framework.data import Batch, split, take
+from influence_framework.data import Batch, split
 from influence_framework.derivatives import gradients_of, pull_back, rows_at_once
 from influence_framework.errors import InvalidInputError
 from influence_framework.layers.forms import MatrixForm
@@ -187,14 +187,9 @@ def layer_batches(
     problem: Problem, layers: Sequence[Layer], rows: Rows, samples: int | Literal["exact"]
 ) -> Iterator[tuple[Mapping[Layer, LayerBatch], int]]:
     """One pass over the training data: every batch's layers, with its sample count."""
+    draws = problem.outputs_of_a_sample() if samples == "exact" else samples
+    # Up to sixteen draws' output gradients take about what second derivatives would.
+    at_most = max(1, 16 * problem.max_batch // max(16, draws))
     for whole, size in problem.batches():
-        draws = _outputs_of_a_sample(problem, whole) if samples == "exact" else samples
-        # Up to sixteen draws' output gradients take about what second derivatives would.
-        at_most = max(1, 16 * problem.max_batch // max(16, draws))
         for batch in split(whole, size, at_most):
             yield layer_batch(problem, layers, batch, rows), problem.objective.size(batch)
-
-
-def _outputs_of_a_sample(problem: Problem, batch: Batch) -> int:
-    with torch.no_grad():
-        return problem.outputs({}, take(batch, slice(0, 1))).numel()

@@ -73,8 +73,7 @@ def layered_dense(
     problem: Problem, parameters: ParameterSpace, curvature: Curvature
 ) -> Float[Tensor, "P P"] | None:
     """The full matrix, or ``None`` where the parameters are not all of linear layers used once on vectors."""
-    first, _ = next(iter(problem.batches()))
-    covered = cover(problem, parameters, first)
+    covered = cover(problem, parameters)
     simple = all(len(x.modules) == 1 and isinstance(x.form, LinearForm) for x in covered.layers)
     if covered.uncovered or not simple:
         return None

@@ -147,8 +147,7 @@ class StreamingOperator(Operator):
     def cover(self) -> Cover:
         """The layers whose gradients have a matrix form, and the parameters outside them."""
         if self._cache.cover is None:
-            batch, _ = next(iter(self.problem.batches()))
-            self._cache.cover = cover(self.problem, self.parameters, batch)
+            self._cache.cover = cover(self.problem, self.parameters)
         return self._cache.cover
 
     def layer_batches(
