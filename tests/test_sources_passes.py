@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, TensorDataset
 
+import influence_framework as inf
 from influence_framework import Diagonal, LinearOperator, Minibatches, Problem, gradients
 from influence_framework.data import map_leaves
 from tests import cases, nets, reference
@@ -150,10 +151,12 @@ def test_right_hand_sides_share_each_forward_pass(source: str) -> None:
     assert passes(model, operator, cases.columns(operator, 0)) == 0
 
 
-def test_graphs_are_reused_and_change_nothing(source: str) -> None:
+@pytest.mark.parametrize(("budget", "precompute_grad"), [(2000, True), (2**28, False)])
+def test_graphs_are_reused_and_change_nothing(source: str, budget: int, precompute_grad: bool) -> None:
+    """On request, or because they fit the budget."""
     model, instance = counted("ragged_last_batch")
-    problem = cases.problem(instance)
-    operator = cases.operator(source, problem, precompute_grad=True)
+    problem = cases.problem(instance, memory_budget=budget)
+    operator = cases.operator(source, problem, precompute_grad=precompute_grad)
     batches = len(list(problem.batches()))
     columns = cases.columns(operator, 3)
     assert passes(model, operator, columns) == batches
@@ -161,6 +164,34 @@ def test_graphs_are_reused_and_change_nothing(source: str) -> None:
     fresh = cases.operator(source, problem) @ columns
     assert torch.equal(operator @ columns, fresh)
     assert torch.equal(operator @ columns, fresh)
+
+
+def test_graphs_are_built_again_after_the_parameters_were_written_to(source: str) -> None:
+    model, instance = counted("ragged_last_batch")
+    problem = cases.problem(instance)
+    operator = cases.operator(source, problem)
+    columns = cases.columns(operator, 3)
+    before = operator @ columns
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2.0)
+    assert_close(operator @ columns, cases.operator(source, problem) @ columns, 1e-14)
+    assert not torch.allclose(operator @ columns, before)
+
+
+def test_blocks_share_the_budget_for_graphs() -> None:
+    """Each block has graphs of its own, so that all may be too many where one fits."""
+    model, instance = counted("ragged_last_batch")
+    names = list(dict(model.named_parameters()))
+    whole = cases.problem(instance)
+    needed = 2 * 3 * whole.sample_bytes * whole.size
+    problem = cases.problem(instance, memory_budget=needed + 1)
+    source = inf.hessian_sources["gauss_newton"].create()
+    for parameters, kept in ((problem.parameters, True), (problem.parameters.subset(names[:1]), False)):
+        operator = source.operator(problem, parameters)
+        columns = cases.columns(operator, 3)
+        passes(model, operator, columns)
+        assert (passes(model, operator, columns) == 0) == kept
 
 
 @pytest.mark.parametrize("budget", [2**20, TINY])

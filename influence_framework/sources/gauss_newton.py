@@ -135,7 +135,9 @@ class GaussNewton:
     Martens (2020), "New Insights and Perspectives on the Natural Gradient Method", §8.
 
     Attributes:
-        precompute_grad: Keep each batch's graphs for the next product.
+        precompute_grad: Keep each batch's graphs for the next product even where those of all data exceed the
+            memory budget's share for them. That saves the forward and the first backward pass of every
+            further product, and takes memory in proportion to the data set's activations.
     """
 
     precompute_grad: bool = False

@@ -63,9 +63,9 @@ class Hessian:
     of its most negative eigenvalue, or the source ``gauss_newton``.
 
     Attributes:
-        precompute_grad: Keep each batch's gradient graph for the next product. Saves the forward and
-            the first backward pass of every further product, and takes memory in proportion to the
-            data set's activations.
+        precompute_grad: Keep each batch's graphs for the next product even where those of all data exceed the
+            memory budget's share for them. That saves the forward and the first backward pass of every
+            further product, and takes memory in proportion to the data set's activations.
     """
 
     precompute_grad: bool = False

@@ -26,6 +26,10 @@ Draws = Callable[[Problem, Samples, torch.Generator], Rows]
 """From the number of samples and a generator to what draws cotangents of outputs."""
 
 
+GRAPH = 3
+"""What a gradient's graph, or another backward pass through it, takes in units of the forward pass."""
+
+
 class Linearization(ABC):
     """The curvature of one batch at fixed parameters, with its autograd graphs kept.
 
@@ -38,7 +42,7 @@ class Linearization(ABC):
         self.parameters = parameters
         self.leaves = list((leaves := parameters.leaves(problem.model)).values())
         # A second backward pass makes about as many tensors as the first, and that as the forward pass.
-        self.row_bytes = 3 * problem.sample_bytes * problem.objective.size(batch)
+        self.row_bytes = GRAPH * problem.sample_bytes * problem.objective.size(batch)
         with torch.enable_grad():
             self._build(problem, leaves, batch)
 
@@ -56,6 +60,7 @@ class _Cache:
     """Linearisations kept between products, and the layers; moving to another device drops them."""
 
     kept: list[tuple[Linearization, int]] | None = None
+    versions: list[int] = field(default_factory=list)
     cover: Cover | None = None
 
     def to(self, device: Any) -> _Cache:
@@ -76,7 +81,8 @@ class StreamingOperator(Operator):
         linearize: Builds the curvature of one batch.
         at_layers: The same curvature with respect to the outputs of linear layers.
         rows: Cotangents of the outputs whose second moment is the curvature in the outputs.
-        keep_graphs: Keep every batch's graphs for the next product: faster, at their price in memory.
+        keep_graphs: Keep every batch's graphs for the next product, faster, at their price in memory. Where
+            they fit the budget, they are kept in any case.
     """
 
     problem: Problem
@@ -99,12 +105,23 @@ class StreamingOperator(Operator):
     def device(self) -> torch.device:
         return self.parameters.device
 
+    @property
+    def _graphs_fit(self) -> bool:
+        """Whether the graphs of all data take no more than this block's share of half the budget."""
+        problem = self.problem
+        share = self.parameters.numel / problem.parameters.numel
+        return problem.cached and GRAPH * problem.sample_bytes * problem.size <= share * problem.memory_budget / 2
+
     def _linearizations(self) -> Iterator[tuple[Linearization, int]]:
-        if not self.keep_graphs:
+        if not (self.keep_graphs or self._graphs_fit):
             for batch, size in self.problem.batches():
                 yield self.linearize(self.problem, self.parameters, batch), size
             return
-        if self._cache.kept is None:
+        model = self.problem.model
+        versions = [tensor._version for tensor in (*model.parameters(), *model.buffers())]
+        if self._cache.kept is None or self._cache.versions != versions:
+            # A graph through tensors that were written to since, be it with the same values, is lost.
+            self._cache.versions = versions
             self._cache.kept = [
                 (self.linearize(self.problem, self.parameters, batch), size)
                 for batch, size in self.problem.batches()
