@@ -36,6 +36,9 @@ from influence_framework.parameters import ParameterSpace
 DEFAULT_MEMORY_BUDGET = 256 * 2**20
 """Bytes that caches and intermediate results may take beside the model, the data and the results."""
 
+TRIAL = 32
+"""Samples that are tried beforehand: enough for a batch, few enough to cost nothing."""
+
 
 @dataclass(frozen=True, eq=False)
 class Problem:
@@ -124,14 +127,7 @@ class Problem:
             problem = problem.validated(batch, "training data")
             sizes.append(problem.objective.size(batch))
             if len(sizes) == 1:
-                problem._check_one_sample_at_a_time(batch)
-                problem = replace(problem, example=map_leaves(torch.clone, take(batch, slice(0, 2))))
-                problem = replace(
-                    problem,
-                    sample_bytes=problem._activation_bytes(batch) // sizes[0] + 1,
-                    sample_flops=problem._forward_flops(batch) // sizes[0],
-                    twice_differentiable=problem._has_second_derivatives(),
-                )
+                problem = problem._tried(take(batch, slice(0, TRIAL)))
             held += nbytes(batch)
             if held > self.memory_budget:
                 kept = None
@@ -156,6 +152,18 @@ class Problem:
             batch_size=sizes[0],
             objective=_settled(problem.objective),
         )
+
+    def _tried(self, batch: Batch) -> Self:
+        """What the first samples tell: that each is on its own, what one costs, and which derivatives exist."""
+        self._check_one_sample_at_a_time(batch)
+        size = self.objective.size(batch)
+        tried = replace(
+            self,
+            example=map_leaves(torch.clone, take(batch, slice(0, 2))),
+            sample_bytes=self._activation_bytes(batch) // size + 1,
+            sample_flops=self._forward_flops(batch) // size,
+        )
+        return replace(tried, twice_differentiable=tried._has_second_derivatives())
 
     def validated(self, batch: Batch, what: str) -> Self:
         """Check one batch; return the problem with what was learnt about the loss.

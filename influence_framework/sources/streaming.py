@@ -110,7 +110,8 @@ class StreamingOperator(Operator):
         """Whether the graphs of all data take no more than this block's share of half the budget."""
         problem = self.problem
         share = self.parameters.numel / problem.parameters.numel
-        return problem.cached and GRAPH * problem.sample_bytes * problem.size <= share * problem.memory_budget / 2
+        needed = GRAPH * problem.sample_bytes * problem.size
+        return problem.cached and needed <= share * problem.memory_budget / 2
 
     def _linearizations(self) -> Iterator[tuple[Linearization, int]]:
         if not (self.keep_graphs or self._graphs_fit):
