@@ -140,7 +140,7 @@ class Problem:
                 "drop_last=True with fewer samples than one batch?"
             )
         joined = None if kept is None else list(join(kept, sizes, problem.max_batch))
-        if joined is not None:
+        if joined is not None and getattr(problem.objective, "reduction", "known") is None:
             # Batches of one sample do not tell a mean from a sum; what they were joined to does.
             largest = max(joined, key=problem.objective.size)
             problem = replace(problem, objective=problem.validated(largest, "training data").objective)
