@@ -67,12 +67,27 @@ class PushForward:
         return pull_back(self._transposed, [self._cotangent], tangents)[0]
 
 
-def has_second_derivatives(outputs: Tensor, leaves: Sequence[Tensor]) -> bool:
-    """Whether :class:`PushForward` is the adjoint of the backward pass: ``w·(J v) = (Jᵀw)·v`` for random ones.
+def has_second_derivatives(outputs: Tensor, losses: Tensor, leaves: Sequence[Tensor]) -> bool:
+    """Whether :class:`PushForward` is the adjoint of the backward pass, of the outputs and of the losses.
 
     A ``torch.autograd.Function`` with ``once_differentiable`` cuts its backward pass off from what it was
     computed from, so that derivatives of it are zero, or parts of them are missing, and nothing is raised.
     """
+    precision = torch.finfo(outputs.dtype).eps
+    try:
+        of_outputs, scale = _adjoint_gap(outputs, leaves)
+        of_losses, loss_scale = _adjoint_gap(losses, leaves)
+    except RuntimeError:
+        return False
+    # Far above rounding; a part that is missing from J moves the gap by about its own norm. Where a model
+    # fits its data, the gradients of losses are rounding errors of those of outputs. Gradients with NaN or
+    # infinity in them are not for this test to report.
+    wrong = of_outputs > precision**0.5 * scale
+    return not wrong and not of_losses > precision**0.5 * loss_scale + 64 * precision * scale
+
+
+def _adjoint_gap(outputs: Tensor, leaves: Sequence[Tensor]) -> tuple[float, float]:
+    """``|w·(J v) - (Jᵀw)·v|`` for random ``w`` and ``v``, and ``‖Jᵀw‖``."""
     generator = torch.Generator("cpu").manual_seed(0)
 
     def random(like: Tensor) -> Tensor:
@@ -80,18 +95,11 @@ def has_second_derivatives(outputs: Tensor, leaves: Sequence[Tensor]) -> bool:
         return drawn.to(like.device, like.dtype)
 
     cotangent, tangents = random(outputs), [random(leaf) for leaf in leaves]
-    transposed = gradients_of(outputs, leaves, cotangent)
-    try:
-        pushed = PushForward(outputs, leaves)([tangent[None] for tangent in tangents])
-    except RuntimeError:
-        return False
-    forward = torch.zeros(()) if pushed is None else (pushed[0].double() * cotangent.double()).sum().cpu()
-    pairs = list(zip(transposed, tangents, strict=True))
-    backward = sum((gradient.double() * v.double()).sum().cpu() for gradient, v in pairs)
-    scale = sum(gradient.double().square().sum().cpu() for gradient, _ in pairs) ** 0.5
-    # Far above rounding; a part that is missing from J moves the difference by about its own norm. Gradients
-    # with NaN or infinity in them are not for this test to report.
-    return not abs(forward - backward) > torch.finfo(outputs.dtype).eps ** 0.5 * scale
+    transposed = [gradient.detach().double() for gradient in gradients_of(outputs, leaves, cotangent)]
+    pushed = PushForward(outputs, leaves)([tangent[None] for tangent in tangents])
+    forward = 0.0 if pushed is None else float((pushed[0].detach().double() * cotangent.double()).sum())
+    backward = sum(float((one * v.double()).sum()) for one, v in zip(transposed, tangents, strict=True))
+    return abs(forward - backward), sum(float(one.square().sum()) for one in transposed) ** 0.5
 
 
 def gradients_of(

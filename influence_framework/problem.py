@@ -245,8 +245,9 @@ class Problem:
     def _has_second_derivatives(self) -> bool:
         leaves = list((named := self.parameters.leaves(self.model)).values())
         with torch.enable_grad(), random_state_kept():
-            losses = self.sample_losses(named, self.example)
-        return has_second_derivatives(losses, leaves)
+            outputs = self.outputs(named, self.example)
+            losses = self.objective.sample_losses(outputs, self.example)
+        return has_second_derivatives(outputs, losses, leaves)
 
     def require_second_derivatives(self) -> None:
         """Raise :class:`InvalidInputError` where gradients of the model cannot be differentiated again."""

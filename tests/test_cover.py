@@ -153,6 +153,15 @@ def test_attention_is_named_and_not_believed() -> None:
     check_gradients(problem, data, covered)
 
 
+def test_gradients_that_are_not_finite_are_reported() -> None:
+    class Overflowing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + (x - x.detach()).abs().sqrt()
+
+    with pytest.raises(inf.NonFiniteError, match="NaN or infinity"):
+        build(nn.Sequential(nn.Linear(4, 3), Overflowing()))
+
+
 class TestRegistration:
     @pytest.fixture(autouse=True)
     def _restored(self, monkeypatch: pytest.MonkeyPatch) -> None:

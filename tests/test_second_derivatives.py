@@ -80,6 +80,15 @@ def test_and_no_mixed_derivatives() -> None:
         inf.gradients.contract_perturbation({"all": inf.gradients.Factors(rows)}, problem, data[0])
 
 
+def test_a_model_that_fits_its_data_is_recognised() -> None:
+    """The gradients of its losses are rounding errors, which agree with nothing."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)).double().eval()
+    x = torch.randn(50, 6, dtype=torch.float64)
+    data = [(x, model(x).softmax(1).detach())]
+    assert inf.Problem.build(model, nn.CrossEntropyLoss(), data).twice_differentiable
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_ordinary_models_are_recognised_in_every_precision(dtype: torch.dtype) -> None:
     torch.manual_seed(0)

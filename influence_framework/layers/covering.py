@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from influence_framework.data import Batch, take
 from influence_framework.derivatives import gradients_of
-from influence_framework.errors import InvalidInputError
+from influence_framework.errors import InvalidInputError, NonFiniteError
 from influence_framework.layers.forms import FORMS, MatrixForm, UnsupportedLayerError, form_of
 from influence_framework.layers.statistics import Recorded
 from influence_framework.layers.tape import Layer
@@ -130,6 +130,8 @@ def _refuted(problem: Problem, parameters: ParameterSpace, layers: list[Layer]) 
         gradients = gradients_of(outputs, list(leaves.values()), cotangents[0][sample], keep_graph=False)
         truth.append(parameters.flatten(dict(zip(leaves, gradients, strict=True))))
     expected = torch.stack(truth)
+    if not torch.isfinite(expected).all():
+        raise NonFiniteError("A gradient of the model contains NaN or infinity: check the data and the model.")
     # The square root of the precision: far above rounding, far below a missing term.
     tolerance = torch.finfo(parameters.dtype).eps ** 0.5
     return [
