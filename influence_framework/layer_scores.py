@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence_framework.data import Batch, split
-from influence_framework.layers import Layer, layer_batch, true_gradients
+from influence_framework.layers import Layer, layer_batch, samples_at_once, true_gradients
 from influence_framework.problem import Problem
 from influence_framework.protocols import InverseOperator, LayerScoring, LayerStatistics, LinearOperator
 
@@ -74,7 +74,7 @@ class LayerScorer:
         return _joined(parts, 0)
 
     def _pieces(self, batch: Batch) -> Iterator[Batch]:
-        yield from split(batch, self.problem.objective.size(batch), self.problem.max_batch)
+        yield from split(batch, self.problem.objective.size(batch), samples_at_once(self.problem))
 
     def _sides(self, batch: Batch) -> dict[str, Any]:
         every = [layer for layers in self.layers.values() for layer in layers]

@@ -9,6 +9,7 @@ from influence_framework.layers.statistics import (
     fisher_rows,
     layer_batch,
     layer_batches,
+    samples_at_once,
     true_gradients,
 )
 from influence_framework.layers.tape import Layer, Tape, Use, record
@@ -29,5 +30,6 @@ __all__ = [
     "layer_batches",
     "record",
     "register_layer",
+    "samples_at_once",
     "true_gradients",
 ]

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from influence_framework.data import Batch, split
-from influence_framework.derivatives import gradients_of, pull_back, rows_at_once
+from influence_framework.derivatives import CACHE_BYTES, gradients_of, pull_back, rows_at_once
 from influence_framework.errors import InvalidInputError
 from influence_framework.layers.forms import MatrixForm
 from influence_framework.layers.tape import Layer, Tape, record
@@ -183,13 +183,21 @@ def _joined(uses: Sequence[tuple[Tensor, Tensor]], columns: int) -> LayerBatch:
     )
 
 
+def samples_at_once(problem: Problem, draws: int = 1) -> int:
+    """Samples to bring into matrix form together, with ``draws`` gradients of each output."""
+    # Up to sixteen draws' output gradients take about what second derivatives would.
+    count = 16 * problem.max_batch // max(16, draws)
+    if problem.parameters.device.type == "cpu":
+        # More gain nothing once their activations have left the cache, and take memory.
+        count = min(count, max(32, CACHE_BYTES // (2 * problem.sample_bytes)))
+    return max(1, count)
+
+
 def layer_batches(
     problem: Problem, layers: Sequence[Layer], rows: Rows, samples: int | Literal["exact"]
 ) -> Iterator[tuple[Mapping[Layer, LayerBatch], int]]:
     """One pass over the training data: every batch's layers, with its sample count."""
     draws = problem.outputs_of_a_sample() if samples == "exact" else samples
-    # Up to sixteen draws' output gradients take about what second derivatives would.
-    at_most = max(1, 16 * problem.max_batch // max(16, draws))
     for whole, size in problem.batches():
-        for batch in split(whole, size, at_most):
+        for batch in split(whole, size, samples_at_once(problem, draws)):
             yield layer_batch(problem, layers, batch, rows), problem.objective.size(batch)

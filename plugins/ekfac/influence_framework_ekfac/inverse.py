@@ -30,12 +30,20 @@ class EkfacLayer:
     places: Int[Tensor, "g o e"]
     basis: Eigenbasis
 
-    def filters(self, regularization: float) -> Float[Tensor, "g o e"]:
-        """``1/(Λ + λ)``; zero in the directions that are null to rounding where λ does not lift them."""
-        values = self.basis.values
-        shifted = values + regularization
-        null = shifted <= torch.finfo(self.basis.outputs.dtype).eps * values.max()
-        return torch.where(null, 0.0, 1.0 / torch.where(null, 1.0, shifted))
+
+def reciprocal(
+    values: Float[Tensor, "*shape"], regularization: float, dtype: torch.dtype, *, definite: bool
+) -> Float[Tensor, "*shape"]:
+    """``1/(Λ + λ)``. With λ = 0, what is null to the rounding of ``dtype`` gives zero: the pseudo-inverse.
+
+    Where it has to be ``definite``, the largest of ``Λ`` takes the place of null ones.
+    """
+    if regularization or not values.numel():
+        return 1.0 / (values + regularization)
+    largest = values.max()
+    null = values <= max(torch.finfo(dtype).eps, torch.finfo(values.dtype).eps) * largest
+    instead = (largest if largest > 0 else torch.ones_like(largest)) if definite else torch.inf
+    return 1.0 / torch.where(null, instead, values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +60,7 @@ class EkfacInverse(Inverse):
         rest: Positions of the parameters that are in no layer, and their diagonal curvature.
         score_rtol: Relative error that scores of pairs may have; 0 for exact ones.
         budget: Bytes for intermediate results.
+        definite: Whether it is positive definite with λ = 0 too, as a preconditioner has to be.
     """
 
     base: LinearOperator
@@ -60,7 +69,8 @@ class EkfacInverse(Inverse):
     rest: tuple[Int[Tensor, " r"], Float[Tensor, " r"]]
     score_rtol: float
     budget: int
-    _filters: dict[tuple[str, float], Filter] = field(default_factory=dict, repr=False)
+    definite: bool = False
+    _filters: dict[str, Filter] = field(default_factory=dict, repr=False)
 
     @property
     def scores_layers(self) -> bool:
@@ -76,11 +86,13 @@ class EkfacInverse(Inverse):
         result = torch.zeros_like(rows)
         for layer in self.layers.values():
             matrices = rows[:, layer.places].to(layer.basis.outputs.dtype)
-            turned = layer.basis.rotate(matrices) * layer.filters(self.regularization).to(matrices)
+            turned = layer.basis.rotate(matrices) * self._reciprocal(layer).to(matrices)
             result[:, layer.places] = layer.basis.rotate_back(turned).to(rows.dtype)
         index, diagonal = self.rest
         if len(index):
-            result[:, index] = rows[:, index] / (diagonal + self.regularization)
+            result[:, index] = rows[:, index] * reciprocal(
+                diagonal, self.regularization, rows.dtype, definite=self.definite
+            )
         return result.T
 
     def _solve(self, columns: Float[Tensor, "P k"]) -> Solution:
@@ -90,7 +102,11 @@ class EkfacInverse(Inverse):
 
     def with_regularization(self, regularization: float) -> Self:
         """Another λ in the same bases."""
-        return replace(self, regularization=regularization)
+        return replace(self, regularization=regularization, _filters={})
+
+    def preconditioner(self) -> Self:
+        """The positive definite form."""
+        return replace(self, definite=True, _filters={})
 
     def side(self, layers: Mapping[str, LayerBatch], size: int) -> Sides:
         """What scores need of some samples: inputs and output gradients in the eigenbases."""
@@ -117,22 +133,26 @@ class EkfacInverse(Inverse):
     def scores(self, test: Sides, train: Sides) -> Float[Tensor, "m n"]:
         """``g_mᵀ (C + λI)⁻¹ g_n`` of every pair."""
         total = torch.zeros(test.size, train.size, dtype=self.dtype, device=self.device)
-        for name in test.layers.keys() & train.layers.keys():
-            total += pair_scores(test.layers[name], train.layers[name], self._filter(name), self.budget)
+        for name, side in test.layers.items():
+            if name in train.layers:
+                total += pair_scores(side, train.layers[name], self._filter(name), self.budget)
         return total
 
     def self_scores(self, side: Sides) -> Float[Tensor, " n"]:
         """``g_nᵀ (C + λI)⁻¹ g_n`` of every sample, without any pair."""
         total = torch.zeros(side.size, dtype=self.dtype, device=self.device)
         for name, one in side.layers.items():
-            total += own_scores(one, self.layers[name].filters(self.regularization), self.budget)
+            total += own_scores(one, self._reciprocal(self.layers[name]), self.budget)
         return total
 
+    def _reciprocal(self, layer: EkfacLayer) -> Float[Tensor, "g o e"]:
+        basis = layer.basis
+        return reciprocal(basis.values, self.regularization, basis.outputs.dtype, definite=self.definite)
+
     def _filter(self, name: str) -> Filter:
-        """``1/(Λ + λ)`` of a layer with its staircase, made once for every λ."""
-        key = (name, self.regularization)
-        if key not in self._filters:
+        """``1/(Λ + λ)`` of a layer with its staircase, made once."""
+        if name not in self._filters:
             layer = self.layers[name]
-            dense = layer.filters(self.regularization)
-            self._filters[key] = make_filter(dense, self.score_rtol, layer.basis.outputs.dtype)
-        return self._filters[key]
+            dtype = layer.basis.outputs.dtype
+            self._filters[name] = make_filter(self._reciprocal(layer), self.score_rtol, dtype)
+        return self._filters[name]

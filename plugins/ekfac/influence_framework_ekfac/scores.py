@@ -3,17 +3,19 @@
 With ``δ`` and ``ā`` rotated into the eigenbasis and ``D = 1/(Λ + λ)``, a pair's score in one layer is
 ``⟨G_m, D ∘ G_n⟩`` with ``G = Σ_t δ_t ⊗ ā_t``, ``(o, e)``. It can be had
 
+- from gradients in the layer's own coordinates, where positions outnumber a gradient's rows and columns: one
+  side alone is rotated, weighted and rotated back;
 - from gradients: ``G_n`` formed for every sample, then ``o·e`` products a pair;
 - from positions: ``Σ_t δ_tᵀ (D ∘ G_m) ā_t``, which forms nothing of sample ``n``;
 - by a staircase: ``D`` is a constant but for a few directions, and the constant's part is
-  ``Σ_tt' (δ_t·δ_t')(ā_t·ā_t')``, which needs no gradient at all;
+  ``Σ_tt' (δ_t·δ_t')(ā_t·ā_t')`` over the others, which needs no gradient at all;
 - for unit vectors ``ā``, from the pairs of positions that hold the same index.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
@@ -22,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from influence_framework.layers import LayerBatch, contract_positions
-from influence_framework_ekfac.filters import Filter, Step
+from influence_framework_ekfac.filters import Filter, Staircase, Step
 from influence_framework_ekfac.statistics import Eigenbasis
 
 
@@ -69,11 +71,23 @@ class Positions:
         """``G`` of every sample."""
         return contract_positions(self.deltas[None], self.inputs, self.columns)[0]
 
-    def corner(self, step: Step) -> Float[Tensor, "n p*q"]:
+    def sort(self, stairs: Sequence[Staircase]) -> list[Sorted]:
+        """Each group in the order of its staircase."""
+        parts = zip(self.deltas, self.inputs, stairs, strict=True)
+        return [Sorted(deltas[..., x.rows], inputs[..., x.columns]) for deltas, inputs, x in parts]
+
+
+@dataclass(frozen=True, eq=False)
+class Sorted:
+    """One group's output gradients and inputs in the order of a staircase."""
+
+    deltas: Float[Tensor, "n t o"]
+    inputs: Float[Tensor, "n t e"]
+
+    def corner(self, step: Step) -> Float[Tensor, "n _entries"]:
         """``G`` on the directions of a step, flattened."""
-        deltas = self.deltas[step.group][..., step.rows]
-        inputs = self.inputs[step.group][..., step.columns]
-        return torch.einsum("ntp,ntq->npq", deltas, inputs).flatten(1)
+        inputs = self.inputs[..., : step.values.shape[1]]
+        return torch.einsum("ntp,ntq->npq", self.deltas[..., step.rows], inputs).flatten(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,8 +119,51 @@ class Gradients:
         return self.matrices
 
 
-Side = Positions | Gradients
-AnySide = TypeVar("AnySide", Positions, Gradients, Side)
+@dataclass(frozen=True, eq=False)
+class Unrotated:
+    """Samples of one side whose gradients are smaller than their positions, in the layer's own coordinates.
+
+    There a pair is ``⟨Q_G (D ∘ Q_Gᵀ G_m Q_A) Q_Aᵀ, G_n⟩``, so that one side alone is rotated, there and back.
+
+    Attributes:
+        matrices: ``(n, g, o, e)``.
+        basis: That of the layer.
+    """
+
+    matrices: Float[Tensor, "n g o e"]
+    basis: Eigenbasis
+    _weighted: dict[int, tuple[Filter, Tensor]] = field(default_factory=dict, repr=False)
+
+    @property
+    def size(self) -> int:
+        """``n``."""
+        return self.matrices.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held: half of it once :meth:`weighted` is asked for."""
+        return 2 * self.matrices.nbytes
+
+    def part(self, part: slice) -> Unrotated:
+        """Some of the samples."""
+        return Unrotated(self.matrices[part], self.basis)
+
+    def gradients(self) -> Float[Tensor, "n g o e"]:
+        """``G`` of every sample, rotated."""
+        return self.basis.rotate(self.matrices)
+
+    def weighted(self, spectral: Filter) -> Float[Tensor, "n goe"]:
+        """``Q_G (D ∘ Q_Gᵀ G Q_A) Q_Aᵀ`` of every sample, flattened; that of the last filter is kept."""
+        held = self._weighted.get(id(spectral))
+        if held is None:
+            turned = self.basis.rotate_back(self.gradients() * spectral.dense).flatten(1)
+            self._weighted.clear()
+            held = self._weighted[id(spectral)] = (spectral, turned)
+        return held[1]
+
+
+Side = Positions | Gradients | Unrotated
+AnySide = TypeVar("AnySide", Positions, Gradients, Unrotated, Side)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,13 +185,13 @@ class Sides:
 
 
 def side_of(basis: Eigenbasis, batch: LayerBatch) -> Side:
-    """One draw's samples in the eigenbasis, in the smaller of the two forms."""
+    """One draw's samples, as rotated positions or as gradients, whichever are smaller."""
     positions, outputs = batch.output_gradients.shape[3:]
     as_positions = positions * (outputs + (1 if batch.one_hot else batch.columns))
     if as_positions <= outputs * batch.columns:
         turned = basis.rotated(batch)
         return Positions(turned.output_gradients[0], turned.inputs, batch.columns)
-    return Gradients(basis.gradients(batch)[0])
+    return Unrotated(basis.widened(batch).gradients()[0], basis)
 
 
 def join_sides(sides: list[Side]) -> Side:
@@ -143,6 +200,9 @@ def join_sides(sides: list[Side]) -> Side:
     if len(positions) == len(sides) and len({side.count for side in positions}) == 1:
         inputs = torch.cat([side.inputs for side in positions], dim=0 if positions[0].one_hot else 1)
         return Positions(torch.cat([side.deltas for side in positions], dim=1), inputs, positions[0].columns)
+    unrotated = [side for side in sides if isinstance(side, Unrotated)]
+    if len(unrotated) == len(sides):
+        return Unrotated(torch.cat([side.matrices for side in unrotated]), unrotated[0].basis)
     return Gradients(torch.cat([side.gradients() for side in sides]))
 
 
@@ -153,11 +213,13 @@ def own_scores(side: Side, dense: Float[Tensor, "g o e"], budget: int) -> Float[
         weighted = side.deltas[:, :, 0].square() @ dense
         return (weighted * side.inputs[:, :, 0].square()).sum((0, 2))
     step = _samples(budget, 2 * dense.numel() * dense.element_size())
-    return torch.cat([(part.gradients().square_() * dense).sum((1, 2, 3)) for part in _parts(side, step)])
+    return torch.cat([(part.gradients().square() * dense).sum((1, 2, 3)) for part in _parts(side, step)])
 
 
 def pair_scores(test: Side, train: Side, spectral: Filter, budget: int) -> Float[Tensor, "m n"]:
     """``⟨G_m, D ∘ G_n⟩`` of every pair, by the order of contraction that takes the fewest flops."""
+    if isinstance(test, Unrotated) and isinstance(train, Unrotated):
+        return test.weighted(spectral) @ train.matrices.flatten(1).T
     outputs, columns = spectral.dense.shape[1:]
     pairs, size = test.size * train.size, spectral.dense.numel()
     formed = pairs * size + _forming(test, size) + _forming(train, size)
@@ -172,12 +234,12 @@ def pair_scores(test: Side, train: Side, spectral: Filter, budget: int) -> Float
             # On a par with gradients for one position, where it saves writing and reading them.
             streamed = pairs * train.count * size + _forming(test, size)
             orders.append((streamed, partial(_by_positions, test, train, spectral, budget)))
-            if spectral.steps is not None:
+            if spectral.stairs is not None:
                 constant = together * len(spectral.dense) * (outputs + columns)
                 corners = pairs * spectral.area + _forming(test, spectral.area) + _forming(train, spectral.area)
                 staircase = pairs * constant + corners
                 orders.append(
-                    (staircase, partial(_by_staircase, test, train, spectral, spectral.steps, budget))
+                    (staircase, partial(_by_staircase, test, train, spectral, spectral.stairs, budget))
                 )
     _, fewest = min(orders, key=lambda order: order[0])
     return fewest()
@@ -224,31 +286,44 @@ def _by_positions(test: Positions, train: Positions, spectral: Filter, budget: i
 
 
 def _by_staircase(
-    test: Positions, train: Positions, spectral: Filter, steps: Sequence[Step], budget: int
+    test: Positions, train: Positions, spectral: Filter, stairs: Sequence[Staircase], budget: int
 ) -> Float[Tensor, "m n"]:
-    together = test.count * train.count
     element = spectral.dense.element_size()
-    widest = max((step.values.numel() for step in steps), default=0)
-    each = element * (2 * spectral.dense.shape[0] * test.size * together + widest)
-    scores = []
-    corners = [
-        (test.corner(step) * step.values.flatten()) if test.size * widest * element <= budget else None
-        for step in steps
-    ]
-    for right in _parts(train, _samples(budget, each)):
-        products = _dots(test.deltas, right.deltas) * _dots(test.inputs, right.inputs)
-        total = spectral.constant * products.sum((0, 2, 4))
-        for step, corner in zip(steps, corners, strict=True):
-            left = test.corner(step) * step.values.flatten() if corner is None else corner
-            total.addmm_(left, right.corner(step).T)
-        scores.append(total)
-    return torch.cat(scores, dim=1)
+    widest = max(step.values.numel() for stair in stairs for step in stair.steps)
+    scores = spectral.dense.new_zeros(test.size, train.size)
+    step = _samples(budget, 4 * element * widest)
+    for start, left in zip(range(0, test.size, step), _parts(test, step), strict=True):
+        each = 2 * element * (widest + 3 * left.size * test.count * train.count)
+        columns = _samples(budget, each)
+        for at, right in zip(range(0, train.size, columns), _parts(train, columns), strict=True):
+            total = scores[start : start + step, at : at + columns]
+            for one, other, stair in zip(left.sort(stairs), right.sort(stairs), stairs, strict=True):
+                _add_stair(total, one, other, stair, spectral.constant)
+    return scores
 
 
-def _dots(left: Float[Tensor, "g m t i"], right: Float[Tensor, "g n u i"]) -> Float[Tensor, "g m t n u"]:
+def _add_stair(
+    total: Float[Tensor, "m n"], left: Sorted, right: Sorted, stair: Staircase, constant: float
+) -> None:
+    """Add one group's scores: ``D`` on the steps, and the constant beyond the reach of each and below them."""
+    outside = total.new_zeros(*left.deltas.shape[:2], *right.deltas.shape[:2])
+    products = torch.zeros_like(outside)
+    reach = left.inputs.shape[2]
+    below = Step(slice(stair.steps[-1].rows.stop, None), total.new_zeros(0, 0))
+    for step in (*stair.steps, below):
+        beyond = slice(step.values.shape[1], reach)
+        outside += _dots(left.inputs[..., beyond], right.inputs[..., beyond])
+        products.addcmul_(outside, _dots(left.deltas[..., step.rows], right.deltas[..., step.rows]))
+        reach = step.values.shape[1]
+        if step.values.numel():
+            total.addmm_(left.corner(step) * step.values.flatten(), right.corner(step).T)
+    total.add_(products.sum((1, 3)), alpha=constant)
+
+
+def _dots(left: Float[Tensor, "m t i"], right: Float[Tensor, "n u i"]) -> Float[Tensor, "m t n u"]:
     """Every vector of one side times every vector of the other."""
-    products = left.flatten(1, 2) @ right.flatten(1, 2).mT
-    apart: Tensor = products.unflatten(2, right.shape[1:3]).unflatten(1, left.shape[1:3])
+    products = left.flatten(0, 1) @ right.flatten(0, 1).T
+    apart: Tensor = products.view(*left.shape[:2], *right.shape[:2])
     return apart
 
 
@@ -258,7 +333,7 @@ def _by_indices(test: Positions, train: Positions, spectral: Filter, budget: int
     each = 3 * test.deltas[0, ..., 0].numel() * train.count * spectral.dense.element_size()
     scores = []
     for right in _parts(train, _samples(budget, each)):
-        products = _dots(weighted[None], right.deltas)[0]
+        products = _dots(weighted, right.deltas[0])
         same = test.inputs[:, :, None, None] == right.inputs
         scores.append((products * same).sum((1, 3)))
     return torch.cat(scores, dim=1)

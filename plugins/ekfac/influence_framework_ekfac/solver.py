@@ -28,6 +28,10 @@ ALONE = "only"
 """Name of the block where a single operator is fitted."""
 
 
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 @dataclass(frozen=True)
 class KroneckerSolver:
     """What ``ekfac`` and ``kfac`` share: options, and everything but the choice of eigenvalues."""
@@ -47,16 +51,19 @@ class KroneckerSolver:
 
     def __post_init__(self) -> None:
         samples = self.samples
-        if samples != "exact" and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
+        if samples != "exact" and not _is_whole(samples, 1):
             raise InvalidInputError(
                 f"samples is a positive number of draws for every sample, or 'exact'; got {samples!r}."
             )
+        if not _is_whole(self.seed, 0):
+            raise InvalidInputError(f"seed is a whole number, at least 0; got {self.seed!r}.")
         if self.weight_sharing not in ("expand", "reduce"):
             raise InvalidInputError(f"weight_sharing is 'expand' or 'reduce', got {self.weight_sharing!r}.")
         if self.uncovered not in ("error", "diagonal", "identity"):
             raise InvalidInputError(f"uncovered is 'error', 'diagonal' or 'identity', got {self.uncovered!r}.")
-        if not 0 <= self.score_rtol < 1:
-            raise InvalidInputError(f"score_rtol is at least 0 and below 1, got {self.score_rtol}.")
+        rtol = self.score_rtol
+        if isinstance(rtol, bool) or not isinstance(rtol, int | float) or not 0 <= rtol < 1:
+            raise InvalidInputError(f"score_rtol is a number, at least 0 and below 1; got {rtol!r}.")
         if self.dtype not in (torch.float32, torch.float64):
             raise InvalidInputError(f"dtype is torch.float32 or torch.float64, got {self.dtype}.")
         if self.memory_budget <= 0:

@@ -15,6 +15,9 @@ from influence_framework.layers import Layer, LayerBatch
 
 WeightSharing = Literal["expand", "reduce"]
 
+PANEL = 32
+"""Columns of the narrowest panel that a symmetric product is cut into."""
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """What rotations and products are done in: half precision is too coarse for sums of squares."""
@@ -37,11 +40,9 @@ class Eigenbasis:
 
     def rotated(self, batch: LayerBatch) -> LayerBatch:
         """The batch with inputs ``Q_Aᵀ ā`` and output gradients ``Q_Gᵀ δ``, in at least single precision."""
-        deltas = batch.output_gradients.to(self.outputs.dtype)
-        inputs = batch.inputs
-        if self.inputs is not None:
-            inputs = _times(inputs.to(self.inputs.dtype), self.inputs)
-        return LayerBatch(inputs, _times(deltas, self.outputs), batch.columns)
+        wide = self.widened(batch)
+        inputs = wide.inputs if self.inputs is None else _times(wide.inputs, self.inputs)
+        return LayerBatch(inputs, _times(wide.output_gradients, self.outputs), batch.columns)
 
     def gradients(self, batch: LayerBatch) -> Float[Tensor, "s n g o e"]:
         """``Q_Gᵀ G Q_A`` of every draw and sample, with the rotation where it takes fewer flops."""
@@ -51,12 +52,13 @@ class Eigenbasis:
         after = outputs * columns * (outputs + inside)
         if before <= after:
             return self.rotated(batch).gradients()
-        wide = LayerBatch(
-            batch.inputs.to(self.outputs.dtype) if batch.inputs.is_floating_point() else batch.inputs,
-            batch.output_gradients.to(self.outputs.dtype),
-            batch.columns,
-        )
-        return self.rotate(wide.gradients())
+        return self.rotate(self.widened(batch).gradients())
+
+    def widened(self, batch: LayerBatch) -> LayerBatch:
+        """The batch in the precision of the bases."""
+        dtype = self.outputs.dtype
+        inputs = batch.inputs if batch.one_hot else batch.inputs.to(dtype)
+        return LayerBatch(inputs, batch.output_gradients.to(dtype), batch.columns)
 
     def rotate(self, matrices: Float[Tensor, "*k g o e"]) -> Float[Tensor, "*k g o e"]:
         """``Q_Gᵀ M Q_A``."""
@@ -74,6 +76,20 @@ def _times(vectors: Float[Tensor, "*s g n t i"], basis: Float[Tensor, "g i j"]) 
     if basis.shape[0] == 1:
         return vectors @ basis[0]
     return vectors @ basis[:, None]
+
+
+def gram(rows: Float[Tensor, "g n i"]) -> Float[Tensor, "g i i"]:
+    """``Σ_n r_n r_nᵀ``: of wide rows the blocks above the diagonal only, with the others mirrored."""
+    width = rows.shape[2]
+    if width < 4 * PANEL:
+        return rows.mT @ rows
+    panel = max(PANEL, -(-width // 8))
+    total = rows.new_empty(rows.shape[0], width, width)
+    for start in range(0, width, panel):
+        part = slice(start, start + panel)
+        torch.matmul(rows[:, :, part].mT, rows[:, :, start:], out=(block := total[:, part, start:]))
+        total[:, start + panel :, part] = block[:, :, panel:].mT
+    return total
 
 
 class Covariances:
@@ -100,7 +116,7 @@ class Covariances:
             deltas = deltas.sum(3, keepdim=True)
         # All draws, samples and positions of a group, one after the other.
         rows = deltas.transpose(0, 1).flatten(1, 3).to(self.dtype)
-        self.gradient = self.gradient + rows.mT @ rows
+        self.gradient = self.gradient + gram(rows)
         count = batch.size if self.sharing == "reduce" else batch.size * batch.positions
         self.positions += count
         if self.one_hot:
@@ -109,7 +125,7 @@ class Covariances:
         if self.sharing == "reduce":
             inputs = inputs.mean(2, keepdim=True)
         vectors = inputs.flatten(1, 2).to(self.dtype)
-        self.input = self.input + vectors.mT @ vectors
+        self.input = self.input + gram(vectors)
 
     def _one_hot(self, batch: LayerBatch) -> Float[Tensor, "1 e"]:
         """The diagonal of the covariance of unit vectors, all of it that there is under ``"expand"``."""
