@@ -32,6 +32,9 @@ class LinearOperator(Protocol):
 
     ``A @ v`` takes ``(P,)`` or ``(P, k)`` columns of the operator's own dtype and device and returns
     the same shape. All ``k`` columns are worked on together; ``k`` may be zero and may exceed ``P``.
+
+    Optional attribute: ``positive_semidefinite``, ``True`` where the way the matrix is made rules out
+    negative eigenvalues, which solvers then need not look for. Left out it is ``False``.
     """
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
@@ -97,3 +99,43 @@ def test_single_precision_vectors_keep_their_dtype() -> None:
     result = inverse @ normal(8, 3).float()
     assert result.dtype is torch.float32
     assert_close(result.double(), torch.linalg.solve(matrix + 0.5 * EYE, normal(8, 3)), 1e-5)
+
+
+def test_single_precision_scores_do_not_cancel() -> None:
+    """Gradients in the span of ``U``: ``1/λ`` times the rounding of one projection would be 30 % of a score."""
+    generator = torch.Generator().manual_seed(0)
+    vectors, _ = torch.linalg.qr(torch.randn(2000, 20, generator=generator, dtype=torch.float64).float())
+    theta = torch.logspace(1, -1, 20, dtype=torch.float64)
+    base = DenseOperator(torch.eye(2000, dtype=torch.float32))
+    weights = torch.randn(20, 5, generator=generator, dtype=torch.float64) * theta[:, None]
+    gradients = vectors @ weights.float()
+    # With the rounding of U and of the gradients themselves taken into account.
+    basis, triangle = torch.linalg.qr(vectors.double())
+    whole = triangle @ theta.diag() @ triangle.T
+    along = basis.T @ gradients.double()
+    rest = gradients.double() - basis @ along
+    for strength in (1e-2, 1e-4, 1e-6):
+        inverse = LowRankInverse(base, strength, theta, vectors)
+        scores = gradients.double().T @ (inverse @ gradients).double()
+        expected = along.T @ torch.linalg.solve(whole + strength * torch.eye(20).double(), along)
+        assert_close(scores, expected + rest.T @ rest / strength, 1e-5, f"λ = {strength}")
+
+
+@pytest.mark.parametrize("null", [0.0, 1e-17, -1e-17])
+@pytest.mark.parametrize("strength", [1e-1, 1e-12, 1e-17])
+def test_a_null_direction_of_the_span_is_one_like_those_outside(strength: float, null: float) -> None:
+    """Inverted by λ, however far that is below the rounding of the largest eigenvalue."""
+    theta, vectors, matrix = pairs([1e3, 2.0, null])
+    inverse = LowRankInverse(DenseOperator(matrix), strength, theta, vectors)
+    assert_close(inverse @ vectors[:, 2], vectors[:, 2] / strength, 1e-12)
+    outside = normal(8) - vectors @ (vectors.T @ normal(8))
+    assert_close(inverse @ outside, outside / strength, 1e-10)
+
+
+def test_twice_the_error_of_an_eigenvalue_is_too_near() -> None:
+    theta, vectors, matrix = pairs([3.0, 1.0, -0.2])
+    base = DenseOperator(matrix)
+    for error, refused in ((0.004, False), (0.006, True)):
+        errors = torch.full((3,), error, dtype=torch.float64)
+        with pytest.raises(SingularOperatorError) if refused else nullcontext():
+            LowRankInverse(base, 0.21, theta, vectors, errors=errors)

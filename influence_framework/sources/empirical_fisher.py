@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -49,6 +49,8 @@ def _labelled(problem: Problem, samples: int | Literal["exact"], generator: torc
 
 class EmpiricalFisherOperator(OuterProductOperator):
     """Offers ``Diagonal`` and ``Trace`` beside what every streaming operator offers."""
+
+    positive_semidefinite: ClassVar[bool] = True
 
     def diagonal(self) -> Float[Tensor, " P"]:
         """``1/N Σ_i g_i²``."""

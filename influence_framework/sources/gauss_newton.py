@@ -12,13 +12,18 @@ from torch import Tensor
 
 from influence_framework.data import Batch
 from influence_framework.derivatives import PushForward, gradients_of, pull_back
+from influence_framework.errors import InvalidInputError
 from influence_framework.gradients import sample_chunks, sample_jacobians
 from influence_framework.layers import Tape, fisher_rows
+from influence_framework.output_curvature import OutputCurvature
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
 from influence_framework.protocols import LinearOperator
 from influence_framework.sources.layered import LayerCurvature, jacobians
 from influence_framework.sources.streaming import Linearization, Samples, StreamingOperator
+
+CONVEX = ("categorical", "bernoulli", "gaussian")
+"""Families whose Hessian in the outputs is positive semidefinite wherever the outputs are."""
 
 
 class SandwichLinearization(Linearization):
@@ -109,6 +114,20 @@ class OuterProductOperator(StreamingOperator):
 
 class GaussNewtonOperator(OuterProductOperator):
     """Offers ``Diagonal`` and ``Trace`` beside what every streaming operator offers."""
+
+    @property
+    def positive_semidefinite(self) -> bool:
+        """Whether the loss is one that is known to be convex in the outputs, recognised from one batch."""
+        problem = self.problem
+        batch, _ = next(iter(problem.batches()))
+        with torch.no_grad():
+            outputs = problem.outputs({}, batch)
+        try:
+            curvature = OutputCurvature.of(problem.objective, outputs, batch)
+        except InvalidInputError:
+            return False
+        # A single number fits any family.
+        return outputs.numel() > 1 and curvature.family in CONVEX
 
     def diagonal(self) -> Float[Tensor, " P"]:
         """``1/N Σ_i Σ_cd H_i[c, d] J_i[c]∘J_i[d]``, from per-sample Jacobians within the budget."""

@@ -40,6 +40,7 @@ def thick_restart_lanczos(operator: LinearOperator, wanted: Wanted) -> Eigenpair
         space.add_random_block()
         converged = space.converge(steps)
         found = space.pairs()
+        pairs = replace(pairs, lowest=found.lowest)
         # A converged value moves by less than its residual.
         limits = wanted.limits(pairs.values, operator.dtype)
         if (found.values.abs() <= pairs.values.abs() + 2 * limits).all():
@@ -48,6 +49,23 @@ def thick_restart_lanczos(operator: LinearOperator, wanted: Wanted) -> Eigenpair
         pairs = replace(found, residuals=None)
         if not converged:
             return pairs
+
+
+def lowest_beside(operator: LinearOperator, wanted: Wanted, pairs: Eigenpairs) -> float:
+    """The least Ritz value in the space of known pairs and of :func:`search_steps` blocks from random vectors.
+
+    With the large eigenvalues held fixed, the steps go to the ends of the spectrum that is left.
+    """
+    free = operator.shape[0] - len(pairs.values)
+    steps = min(search_steps(operator.shape[0], wanted.block_size), free // wanted.block_size - 1)
+    dimension = len(pairs.values) + steps * wanted.block_size
+    space = KrylovSpace(operator, replace(wanted, krylov_dimension=dimension))
+    space.hold(pairs)
+    space.add_random_block()
+    for _ in range(steps):
+        space.extend()
+    space.ritz(0)
+    return space.lowest
 
 
 def search_steps(size: int, block_size: int) -> int:
@@ -76,6 +94,7 @@ class KrylovSpace:
         projected: ``H``, float64 on the CPU, where small eigenproblems are quickest.
         applied: ``a``.
         size: ``n``.
+        lowest: The least Ritz value seen so far, whatever restarts have dropped since.
     """
 
     def __init__(self, operator: LinearOperator, wanted: Wanted) -> None:
@@ -85,6 +104,7 @@ class KrylovSpace:
         self.basis = torch.empty((room, operator.shape[0]), dtype=operator.dtype, device=operator.device)
         self.projected = torch.zeros((room, room), dtype=torch.float64, device="cpu")
         self.applied = self.size = 0
+        self.lowest = math.inf
         self._fillings = 1
         self._norm = 0.0  # of C, from below
         self._generator = torch.Generator("cpu").manual_seed(wanted.seed)
@@ -111,6 +131,7 @@ class KrylovSpace:
     def ritz(self, count: int) -> tuple[Float[Tensor, " r"], Float[Tensor, "a r"]]:
         """Ritz values of largest magnitude, and the coordinates of their vectors in the basis."""
         values, coordinates = torch.linalg.eigh(self.projected[: self.applied, : self.applied], UPLO="U")
+        self.lowest = min(self.lowest, values[0].item())
         order = values.abs().argsort(descending=True)[:count]
         return values[order], coordinates[:, order]
 
@@ -122,7 +143,15 @@ class KrylovSpace:
         remainder = self.projected[: self.size, : self.applied] @ coordinates
         remainder[: self.applied] -= coordinates * values
         residuals = torch.linalg.vector_norm(remainder, dim=0)
-        return Eigenpairs(values.to(self.basis.device), vectors, residuals.to(self.basis.device))
+        device = self.basis.device
+        return Eigenpairs(values.to(device), vectors, residuals.to(device), self.lowest)
+
+    def hold(self, pairs: Eigenpairs) -> None:
+        """Start from converged pairs in place of products."""
+        self.applied = self.size = count = len(pairs.values)
+        self.basis[:count] = pairs.vectors.T
+        self.projected[:count, :count] = torch.diag(pairs.values)
+        self._norm = torch.linalg.vector_norm(pairs.values, torch.inf).item() if count else 0.0
 
     def add_random_block(self) -> None:
         """Extend the basis by random directions that have nothing to do with it."""

@@ -56,11 +56,14 @@ class Eigenpairs:
         values: ``(r,)`` float64, on the operator's device.
         vectors: Orthonormal ``(P, r)``, of the operator's dtype, on its device.
         residuals: ``‖C u − θ u‖``, ``(r,)`` float64, where the backend's own products tell them.
+        lowest: The least Ritz value seen, an upper bound of the least eigenvalue of ``C``, where the backend
+            tells it.
     """
 
     values: Float[Tensor, " r"]
     vectors: Float[Tensor, "P r"]
     residuals: Float[Tensor, " r"] | None = None
+    lowest: float | None = None
 
     @classmethod
     def largest(cls, rank: int, values: Float[Tensor, " n"], vectors: Float[Tensor, "P n"]) -> Eigenpairs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from influence_framework.operators import Operator, to_dense
 from influence_framework.protocols import LinearOperator
 from influence_framework_arnoldi.arpack import arpack
 from influence_framework_arnoldi.cuda import cupy, cupy_for
-from influence_framework_arnoldi.lanczos import thick_restart_lanczos
+from influence_framework_arnoldi.lanczos import lowest_beside, thick_restart_lanczos
 from influence_framework_arnoldi.pairs import ATTAINABLE, Backend, Eigenpairs, Wanted
 
 BACKENDS: Mapping[str, Backend] = {"torch": thick_restart_lanczos, "arpack": arpack, "cupy": cupy}
@@ -38,9 +38,10 @@ class ArnoldiSolver:
 
     The inverse is ``U (Θ + λI)⁻¹ Uᵀ + λ⁻¹ (I − U Uᵀ)``, exact where the rest of the spectrum is zero. An
     eigenvalue ``θ`` that was left out is inverted as ``1/λ`` in place of ``1/(θ + λ)``: choose a rank at
-    which ``|θ|`` has fallen below λ. Without regularisation, or with ``complement=False``, nothing of a
-    right-hand side outside the span of ``U`` comes through, as in Schioppa, Zablotskaia, Vilar and
-    Sokolov (2022), "Scaling Up Influence Functions".
+    which ``|θ|`` has fallen below λ. Nothing is said where it has not: ``values[-1]`` of the inverse tells.
+    Only one below ``−λ`` is warned of, if the search for the pairs comes upon it. Without regularisation, or
+    with ``complement=False``, nothing of a right-hand side outside the span of ``U`` comes through, as in
+    Schioppa, Zablotskaia, Vilar and Sokolov (2022), "Scaling Up Influence Functions".
 
     A pair has converged when ``‖C u − θ u‖ ≤ tol·|θ|``, as in ARPACK (Lehoucq, Sorensen and Yang 1998,
     "ARPACK Users' Guide", §4.6), or ``≤ 20 ε |θ₁|`` with the precision ε of the dtype, below which it
@@ -58,7 +59,8 @@ class ArnoldiSolver:
         max_iter: How often the basis may be filled, the iterations of ARPACK; ``10·P`` where left out.
         backend: ``"torch"`` (block Lanczos on any device), ``"arpack"`` (SciPy, on the CPU) or ``"cupy"``
             (on an NVIDIA GPU). Only ``"torch"`` goes on to look for copies of multiple eigenvalues, at the
-            price of some ten products.
+            price of some ten products; the others spend as many on negative eigenvalues alone, where the
+            operator does not claim to have none.
         complement: Apply ``1/λ`` outside the span of the eigenvectors.
         seed: Of the random start vectors.
         block_size: Columns a product, for ``"torch"`` only; where left out 1 on the CPU, where further
@@ -109,7 +111,7 @@ class ArnoldiSolver:
 
         Warns:
             ConvergenceWarning: Some pairs miss the tolerance; they are kept as they are.
-            IndefiniteOperatorWarning: Some eigenvalues of ``C + λI`` are negative.
+            IndefiniteOperatorWarning: ``C + λI`` has a negative eigenvalue, among the pairs or beside them.
         """
         if operator.dtype not in (torch.float32, torch.float64):
             raise InvalidInputError(
@@ -126,9 +128,10 @@ class ArnoldiSolver:
             else:
                 pairs = BACKENDS[self.backend](watched, wanted)
             pairs, errors = _measured(watched, pairs, self.seed)
+            lowest = _lowest(watched, wanted, pairs)
         magnitudes = pairs.values.abs()
         self._report(wanted, magnitudes, errors, operator.dtype)
-        rounding = ATTAINABLE * torch.finfo(operator.dtype).eps * magnitudes[:1]
+        rounding = ATTAINABLE * torch.finfo(operator.dtype).eps * max(magnitudes.tolist(), default=0.0)
         return ArnoldiInverse(
             operator,
             regularization,
@@ -137,6 +140,7 @@ class ArnoldiSolver:
             # All eigenvectors leave no complement.
             tail=0.0 if self.complement and len(magnitudes) < size else None,
             errors=errors,
+            lowest=lowest if lowest < -rounding else 0.0,
         )
 
     def _wanted(self, operator: LinearOperator) -> Wanted:
@@ -175,25 +179,27 @@ class ArnoldiInverse(LowRankInverse):
 
     Attributes:
         errors: ``‖C u − θ u‖`` of each pair, ``(r,)`` float64, from products with ``C`` itself.
+        lowest: The least Ritz value of ``C`` seen, within the pairs or not; 0 where it is not negative.
     """
 
     errors: Float[Tensor, " r"] = field(kw_only=True)
+    lowest: float = field(kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        shifted = self.values + self.regularization
         # A Rayleigh quotient below zero proves that there is such an eigenvalue, whatever its residual.
-        count = int((shifted < 0).sum())
-        if count:
-            lowest = self.values.min().item()
-            warnings.warn(
-                f"C + λI is not positive definite at λ = {self.regularization:g}: of the {len(shifted)} "
-                f"eigenvalues of C that were found, {count} lie below −λ, the most negative at {lowest:.4g}. "
-                "Scores along such directions have the opposite sign of a minimum's. Use the source "
-                f"'gauss_newton', or hessian_regularization ≥ {-2 * lowest:.3g}.",
-                IndefiniteOperatorWarning,
-                stacklevel=5,
-            )
+        lowest = min([self.lowest, *self.values.tolist()])
+        if lowest + self.regularization >= 0:
+            return
+        count = int((self.values + self.regularization < 0).sum())
+        warnings.warn(
+            f"C + λI is not positive definite at λ = {self.regularization:g}: of the {len(self.values)} "
+            f"eigenvalues of C that the inverse is made of, {count} lie below −λ, and the most negative of all "
+            f"is at most {lowest:.4g}. Scores along such directions have the opposite sign of a minimum's. Use "
+            f"the source 'gauss_newton', or hessian_regularization ≥ {-2 * lowest:.3g}.",
+            IndefiniteOperatorWarning,
+            stacklevel=5,
+        )
 
     @property
     def pair_residuals(self) -> Float[Tensor, " r"]:
@@ -239,7 +245,16 @@ def _decompose(operator: LinearOperator, rank: int) -> Eigenpairs:
     if not torch.isfinite(matrix).all():
         raise NonFiniteError("The curvature matrix contains NaN or infinity: check data and parameters.")
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
-    return Eigenpairs.largest(rank, values, vectors.to(operator.dtype))
+    return replace(Eigenpairs.largest(rank, values, vectors.to(operator.dtype)), lowest=values[0].item())
+
+
+def _lowest(operator: WatchedOperator, wanted: Wanted, pairs: Eigenpairs) -> float:
+    """The least Ritz value: the backend's own, else from further products unless ``C`` claims to have none."""
+    if pairs.lowest is not None:
+        return pairs.lowest
+    if getattr(operator.base, "positive_semidefinite", False):
+        return 0.0
+    return lowest_beside(operator, wanted, pairs)
 
 
 def _measured(operator: LinearOperator, pairs: Eigenpairs, seed: int) -> tuple[Eigenpairs, Float[Tensor, " r"]]:
@@ -260,7 +275,7 @@ def _measured(operator: LinearOperator, pairs: Eigenpairs, seed: int) -> tuple[E
     vectors = torch.addmm(vectors, vectors, vectors.T @ vectors, beta=1.5, alpha=-0.5)
     images = operator @ vectors
     values = (vectors * images).sum(0)
-    return Eigenpairs(values.double(), vectors), _norms(images - vectors * values)
+    return replace(pairs, values=values.double(), vectors=vectors), _norms(images - vectors * values)
 
 
 def _norms(columns: Float[Tensor, "P *k"]) -> Float[Tensor, " *k"]:

@@ -161,7 +161,7 @@ def test_another_regularisation_needs_no_product() -> None:
 def test_negative_eigenvalues_are_reported_with_what_to_do() -> None:
     matrix = symmetric(spectrum(9.0, 7.0, -5.0, -3.0))
     with pytest.warns(
-        IndefiniteOperatorWarning, match=r"4 eigenvalues .* 2 lie below −λ.* at -5\..*gauss_newton.*≥ 10\."
+        IndefiniteOperatorWarning, match=r"4 eigenvalues .* 2 lie below −λ.* at most -5\..*gauss_newton.*≥ 10\."
     ):
         inverse = ArnoldiSolver(rank=4, tol=1e-10).fit(DenseOperator(matrix), 1.0)
     # Kept as they are, neither clamped nor dropped.

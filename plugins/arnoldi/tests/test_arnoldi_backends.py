@@ -234,11 +234,6 @@ def test_steps_of_the_search_keep_the_probability_that_is_promised() -> None:
     assert lanczos.search_steps(10**4, 4) < lanczos.search_steps(10**4, 1)
 
 
-def test_arpack_says_what_to_do_about_a_zero_matrix() -> None:
-    with pytest.raises(InvalidInputError, match=r"Starting vector is zero.*backend 'torch'"):
-        fit(torch.zeros(60, 60), rank=2, backend="arpack")
-
-
 class OnCuda(Columns):
     """Claims to be on a CUDA device; never multiplied."""
 

@@ -25,7 +25,7 @@ from influence_framework.protocols import (
     StopReason,
 )
 from influence_framework_cg.block import block_conjugate_gradients
-from influence_framework_cg.recurrence import Rows, Systems, conjugate_gradients, row_norms
+from influence_framework_cg.recurrence import Rows, Systems, conjugate_gradients, row_norms, scaled_rows
 from influence_framework_cg.shifted import shifted_conjugate_gradients
 
 ATTAINABLE = 10.0
@@ -147,8 +147,9 @@ class CgInverse(Inverse):
         return rows if self.preconditioner is None else (self.preconditioner @ rows.T).T
 
     def _solve(self, columns: Float[Tensor, "P k"]) -> Solution:
-        rhs = columns.T.contiguous()
-        return self._solve_from(rhs, self._guess(rhs))
+        rhs, unit = scaled_rows(columns)
+        guess = self._guess(columns)
+        return self._solve_from(rhs, unit, None if guess is None else guess / unit)
 
     def solve_sweep(self, columns: Float[Tensor, "P k"], regularizations: Sequence[float]) -> list[Solution]:
         """Solve for several λ: from one Krylov space where there is no preconditioner and ``block=False``.
@@ -163,7 +164,7 @@ class CgInverse(Inverse):
         systems = [self.with_regularization(value) for value in regularizations]
         if self.preconditioner is not None or self.solver.block or not columns.numel():
             return [system.solve(columns) for system in systems]
-        rhs = columns.T.contiguous()
+        rhs, unit = scaled_rows(columns)
         seed = self.with_regularization(min(regularizations))
         shifts = torch.tensor(regularizations, dtype=torch.float64, device="cpu") - seed.regularization
         with self._bar(len(rhs)) as progress:
@@ -171,12 +172,12 @@ class CgInverse(Inverse):
                 seed._apply,
                 rhs,
                 shifts.to(rhs),
-                0.5 * self._tolerance(row_norms(rhs)),
+                0.5 * self._tolerance(row_norms(rhs), unit),
                 self._limit(rhs),
                 _notifier(progress),
             )
         solutions = [
-            system._solve_from(rhs, guess, spent) for system, guess in zip(systems, guesses, strict=True)
+            system._solve_from(rhs, unit, guess, spent) for system, guess in zip(systems, guesses, strict=True)
         ]
         for solution in solutions:
             self.report(solution)
@@ -185,18 +186,21 @@ class CgInverse(Inverse):
     def _bar(self, count: int) -> tqdm[Any]:
         return tqdm(total=count, desc="Conjugate gradients", unit="system", disable=not self.solver.progress)
 
-    def _solve_from(self, rhs: Rows, guess: Rows | None, spent: Int[Tensor, " k"] | None = None) -> Solution:
+    def _solve_from(
+        self, rhs: Rows, unit: Float[Tensor, "k 1"], guess: Rows | None, spent: Int[Tensor, " k"] | None = None
+    ) -> Solution:
+        """Solve for ``unit`` times the rows of ``rhs``; ``guess`` is a solution for ``rhs`` itself."""
         norms = row_norms(rhs)
         with self._bar(len(rhs)) as progress:
-            systems = self._systems(rhs, norms, guess, spent, _notifier(progress))
+            systems = self._systems(rhs, self._tolerance(norms, unit), guess, spent, _notifier(progress))
             remaining = self._run(systems, norms)
         relative = torch.where(norms == 0, 0.0, remaining.double() / norms.double())
         reasons = [reason or StopReason.CONVERGED for reason in systems.reason]
-        return make_solution(systems.value.T, relative, reasons, systems.iterations.tolist())
+        return make_solution((systems.value * unit).T, relative, reasons, systems.iterations.tolist())
 
-    def _tolerance(self, norms: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+    def _tolerance(self, norms: Float[Tensor, " k"], unit: Float[Tensor, "k 1"]) -> Float[Tensor, " k"]:
         floor = ATTAINABLE * torch.finfo(norms.dtype).eps
-        return (max(self.solver.rtol, floor) * norms).clamp_min(self.solver.atol)
+        return torch.maximum(max(self.solver.rtol, floor) * norms, self.solver.atol / unit[:, 0])
 
     def _limit(self, rhs: Rows) -> int:
         return 10 * rhs.shape[1] if self.solver.maxiter is None else self.solver.maxiter
@@ -204,20 +208,26 @@ class CgInverse(Inverse):
     def _systems(
         self,
         rhs: Rows,
-        norms: Float[Tensor, " k"],
+        tolerance: Float[Tensor, " k"],
         guess: Rows | None,
         spent: Int[Tensor, " k"] | None,
         notify: Callable[[int, int], None],
     ) -> Systems:
+        norms = row_norms(rhs)
         value = torch.zeros_like(rhs) if guess is None else guess.clone()
         value[norms == 0] = 0.0
+        residual = rhs.clone() if guess is None else rhs - self._apply(value)
+        if spent is not None:
+            # Where the recurrence for several λ broke down, what it left may be far worse than zero.
+            useless = ~(row_norms(residual) < norms)
+            value[useless], residual[useless] = 0.0, rhs[useless]
         return Systems(
             apply=self._apply,
             precondition=self._precondition,
             rhs=rhs,
             value=value,
-            residual=rhs.clone() if guess is None else rhs - self._apply(value),
-            tolerance=self._tolerance(norms),
+            residual=residual,
+            tolerance=tolerance,
             reason=[None] * len(rhs),
             iterations=torch.zeros(len(rhs), dtype=torch.int64, device=rhs.device)
             if spent is None
@@ -261,21 +271,21 @@ class CgInverse(Inverse):
         )
         return active[claimed & (norms[active] > systems.tolerance[active])]
 
-    def _guess(self, rhs: Rows) -> Rows | None:
+    def _guess(self, columns: Float[Tensor, "P k"]) -> Rows | None:
         guess = self.solver.x0
         if guess is None:
             return None
-        if guess.shape not in (rhs.shape[1:], rhs.T.shape):
+        if guess.shape not in (columns.shape[:1], columns.shape):
             raise InvalidInputError(
-                f"x0 must be ({rhs.shape[1]},) or {tuple(rhs.T.shape)} for these right-hand sides, got "
+                f"x0 must be ({columns.shape[0]},) or {tuple(columns.shape)} for these right-hand sides, got "
                 f"{tuple(guess.shape)}."
             )
-        if guess.dtype != rhs.dtype or guess.device != rhs.device:
+        if guess.dtype != columns.dtype or guess.device != columns.device:
             raise InvalidInputError(
-                f"x0 is {guess.dtype} on {guess.device}, the right-hand sides {rhs.dtype} on {rhs.device}: "
-                "convert it with .to(...)."
+                f"x0 is {guess.dtype} on {guess.device}, the right-hand sides {columns.dtype} on "
+                f"{columns.device}: convert it with .to(...)."
             )
-        return (guess if guess.ndim == 1 else guess.T).expand(rhs.shape).clone()
+        return (guess if guess.ndim == 1 else guess.T).expand(columns.T.shape)
 
 
 def _notifier(progress: tqdm[Any]) -> Callable[[int, int], None]:

@@ -59,8 +59,41 @@ def test_a_value_that_leaves_the_matrix_indefinite_fails_alone() -> None:
     with pytest.warns(ConvergenceWarning, match="non-positive curvature"):
         low, high = CgSolver(rtol=1e-10, atol=0.0).fit(DenseOperator(matrix), 0.0).solve_sweep(rhs, [0.01, 1.0])
     assert set(low.reason) == {StopReason.NEGATIVE_CURVATURE}
+    residual = rhs - shifted(matrix, 0.01) @ low.value
+    torch.testing.assert_close(low.residual, residual.norm(dim=0) / rhs.norm(dim=0))
     assert high.converged.all()
     assert (high.value - torch.linalg.solve(shifted(matrix, 1.0), rhs)).norm() <= 1e-8
+
+
+@pytest.mark.parametrize("limit", [None, 30])
+def test_a_value_that_fails_gives_nothing_worse_than_zero(limit: int | None) -> None:
+    """What the shared recurrence leaves of such a system has a residual of up to 40 times ``b``."""
+    matrix, rhs = symmetric([*torch.logspace(0, -2, 60).tolist(), *[-0.05] * 3]), normal(63, 4)
+    values = [0.0, 0.01, 0.04, 0.1]
+    with pytest.warns(ConvergenceWarning):
+        solutions = CgSolver(maxiter=limit).fit(DenseOperator(matrix), 0.0).solve_sweep(rhs, values)
+    for value, solution in zip(values, solutions, strict=True):
+        residual = (rhs - shifted(matrix, value) @ solution.value).norm(dim=0) / rhs.norm(dim=0)
+        torch.testing.assert_close(solution.residual, residual)
+        assert (residual <= 1).all()
+
+
+@pytest.mark.parametrize("magnitude", [1e-38, 1e-21, 1e25])
+def test_magnitudes_whose_squares_single_precision_cannot_hold(magnitude: float) -> None:
+    matrix, rhs = symmetric([3.0, 2.0, 1.0, 0.5]).float(), (magnitude * normal(4, 2)).float()
+    inverse = CgSolver(rtol=1e-5, atol=0.0).fit(DenseOperator(matrix), 0.1)
+    block = CgSolver(rtol=1e-5, atol=0.0, block=True).fit(DenseOperator(matrix), 0.1)
+    for solution in (inverse.solve(rhs), block.solve(rhs), *inverse.solve_sweep(rhs, [0.1, 0.1])):
+        exact = rhs.double() - shifted(matrix.double(), 0.1) @ solution.value.double()
+        assert solution.converged.all()
+        assert (solution.iterations > 0).all()
+        assert (exact.norm(dim=0) <= 2e-5 * rhs.double().norm(dim=0)).all()
+    # Guesses and absolute tolerances are in the units of the right-hand sides.
+    guessed = CgSolver(rtol=1e-4, atol=0.0, x0=inverse.solve(rhs).value).fit(DenseOperator(matrix), 0.1)
+    assert not guessed.solve(rhs).iterations.any()
+    loose = CgSolver(rtol=0.0, atol=magnitude).fit(DenseOperator(matrix), 0.1).solve(rhs)
+    assert loose.converged.all()
+    assert (loose.residual >= 1e-2).all()
 
 
 def test_single_precision_reaches_what_it_can() -> None:
@@ -73,11 +106,11 @@ def test_single_precision_reaches_what_it_can() -> None:
 
 
 def test_the_iteration_limit_counts_both_phases() -> None:
-    matrix, rhs = symmetric(torch.logspace(-4, 0, 200)), normal(200, 2)
+    operator, rhs = Counting(symmetric(torch.logspace(-4, 0, 200))), normal(200, 2)
     with pytest.warns(ConvergenceWarning, match="iteration limit"):
-        solutions = (
-            CgSolver(rtol=1e-10, maxiter=5).fit(DenseOperator(matrix), 0.0).solve_sweep(rhs, [0.0, 1e-3])
-        )
+        solutions = CgSolver(rtol=1e-10, maxiter=5).fit(operator, 0.0).solve_sweep(rhs, [0.0, 1e-3])
+    # Five shared ones, and one for each value that measures what they led to.
+    assert operator.widths == [2] * 7
     for solution in solutions:
         assert solution.iterations.tolist() == [5, 5]
         assert set(solution.reason) == {StopReason.ITERATION_LIMIT}

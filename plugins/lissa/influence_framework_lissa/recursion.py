@@ -43,7 +43,7 @@ class Systems:
         limit: Iteration limit.
         notify: Called once an iteration with the number of systems in it.
         passes: Iterations made, whatever the system.
-        extremes: Least and largest eigenvalue of ``C`` seen when something last went wrong.
+        extremes: Least and largest eigenvalue of ``C`` seen where something went wrong.
     """
 
     batches: Iterator[LinearOperator]
@@ -59,7 +59,7 @@ class Systems:
     limit: int
     notify: Callable[[int], object]
     passes: int = 0
-    extremes: tuple[float, float] = (math.nan, math.nan)
+    extremes: tuple[float, float] = (math.inf, -math.inf)
 
     def apply(self, rows: Rows) -> Rows:
         """``V ↦ V (C + shift·I)`` with the whole operator."""
@@ -78,7 +78,8 @@ class Systems:
     def indefinite(self, witnesses: Rows) -> bool:
         """Whether ``C + shift·I`` has a negative eigenvalue, looked for from these directions."""
         spectrum = ritz_values(self.whole, witnesses[:WITNESSES].T, STEPS)
-        low, high = self.extremes = spectrum[0].item(), spectrum[-1].item()
+        low, high = spectrum[0].item(), spectrum[-1].item()
+        self.extremes = (min(low, self.extremes[0]), max(high, self.extremes[1]))
         rounding = 100 * torch.finfo(self.residual.dtype).eps * max(abs(low), abs(high))
         return low + self.shift < -rounding
 
@@ -194,8 +195,8 @@ def _settle(systems: Systems, found: Run, norms: Float[Tensor, " m"], concave: B
     reached = norms <= systems.tolerance[active]
     if systems.passes >= systems.limit:
         systems.mark(torch.cat([active, found.grown]), StopReason.ITERATION_LIMIT)
-    if concave.any():
-        systems.indefinite(found.step[concave])
+    # Along null directions of a singular C rounding alone decides the sign of the curvature.
+    if concave.any() and systems.indefinite(found.step[concave]):
         systems.mark(active[concave], StopReason.NEGATIVE_CURVATURE)
     systems.mark(active[reached], StopReason.CONVERGED)
     if not len(found.grown):
@@ -206,6 +207,18 @@ def _settle(systems: Systems, found: Run, norms: Float[Tensor, " m"], concave: B
         systems.scale *= 2.0
     else:
         systems.mark(found.grown, StopReason.DIVERGED)
+
+
+def scaled_rows(columns: Float[Tensor, "P k"]) -> tuple[Rows, Float[Tensor, "k 1"]]:
+    """Columns as rows whose largest entries lie in ``[1, 2)``, and the powers of two that they were divided by.
+
+    Squares of tiny entries would be zero, and those of huge ones infinite; dividing by a power of two is
+    exact. A column of zeros, or with NaN or infinity, is divided by 1.
+    """
+    largest = columns.abs().amax(dim=0)[:, None]
+    unit = largest / (2 * torch.frexp(largest).mantissa)
+    unit = torch.where(torch.isfinite(unit), unit, 1.0)
+    return (columns.T / unit).contiguous(), unit
 
 
 def row_norms(rows: Rows) -> Float[Tensor, " k"]:

@@ -21,7 +21,7 @@ from influence_framework.errors import (
 )
 from influence_framework.inverses import Inverse, make_solution
 from influence_framework.protocols import LinearOperator, Minibatches, Solution, StopReason
-from influence_framework_lissa.recursion import Rows, Systems, averaged, plain, row_norms
+from influence_framework_lissa.recursion import Rows, Systems, averaged, plain, row_norms, scaled_rows
 from influence_framework_lissa.spectrum import typical_largest
 
 ATTAINABLE = 10.0
@@ -112,6 +112,9 @@ class LissaSolver:
             MissingCapabilityError: The operator offers no mini-batches.
             InvalidInputError: The scale is ``"auto"`` and ``C + λI`` is zero.
             NonFiniteError: A product contains NaN or infinity.
+
+        Warns:
+            ConvergenceWarning: ``dampen`` is not 0, so that another λ than the one asked for is solved with.
         """
         if not isinstance(operator, Minibatches):
             raise MissingCapabilityError(
@@ -119,7 +122,16 @@ class LissaSolver:
                 "minibatches(generator)): use a curvature source over data, or another solver such as 'cg'."
             )
         largest = typical_largest(operator, operator, self.seed) if self.scale == "auto" else None
-        return LissaInverse(operator, regularization, self, operator, largest)
+        inverse = LissaInverse(operator, regularization, self, operator, largest)
+        if self.dampen:
+            warnings.warn(
+                f"dampen={self.dampen:g} adds dampen·scale to the regularisation: the systems solved are those "
+                f"of λ = {inverse.added:.4g}, not of λ = {regularization:.4g}. Use dampen=0, with that λ as "
+                "hessian_regularization if it is meant.",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
+        return inverse
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +171,11 @@ class LissaInverse(Inverse):
             return float(self.solver.scale)
         return self._stable_scale(self.largest)
 
+    @property
+    def added(self) -> float:
+        """What a solve adds to the diagonal of ``C``: ``λ + d·s``."""
+        return self.regularization + self.solver.dampen * self.scale
+
     def _stable_scale(self, largest: float) -> float:
         return MARGIN * (largest + self.regularization) / (2.0 - self.solver.dampen)
 
@@ -167,30 +184,30 @@ class LissaInverse(Inverse):
         return replace(self, regularization=regularization)
 
     def _solve(self, columns: Float[Tensor, "P k"]) -> Solution:
-        rhs = columns.T.contiguous()
+        rhs, unit = scaled_rows(columns)
         norms = row_norms(rhs)
         limit = self.solver.maxiter
         with tqdm(total=limit, desc="LiSSA", unit="iteration", disable=not self.solver.progress) as progress:
-            systems = self._systems(rhs, norms, _notifier(progress))
+            systems = self._systems(rhs, norms, self._initial(columns) / unit, _notifier(progress))
             self._run(systems, rhs, norms)
         self._explain(systems)
         dampened = systems.shift - self.regularization
         remaining = row_norms(torch.add(systems.residual, systems.value, alpha=dampened))
         relative = torch.where(norms == 0, 0.0, remaining.double() / norms.double())
         reasons = [reason or StopReason.CONVERGED for reason in systems.reason]
-        return make_solution(systems.value.T, relative, reasons, systems.iterations.tolist())
+        return make_solution((systems.value * unit).T, relative, reasons, systems.iterations.tolist())
 
-    def _systems(self, rhs: Rows, norms: Float[Tensor, " k"], notify: Callable[[int], object]) -> Systems:
+    def _systems(
+        self, rhs: Rows, norms: Float[Tensor, " k"], value: Rows, notify: Callable[[int], object]
+    ) -> Systems:
         generator = torch.Generator("cpu").manual_seed(self.solver.seed)
         floor = ATTAINABLE * torch.finfo(rhs.dtype).eps
-        value = self._initial(rhs)
         value[norms == 0] = 0.0
-        scale = self.scale
         systems = Systems(
             batches=self.batches.minibatches(generator),
             whole=self.base,
-            shift=self.regularization + self.solver.dampen * scale,
-            scale=scale,
+            shift=self.added,
+            scale=self.scale,
             adaptive=self.solver.scale == "auto",
             value=value,
             residual=rhs.clone(),
@@ -224,23 +241,23 @@ class LissaInverse(Inverse):
             active = systems.marked(again, None)
             previous = latest
 
-    def _initial(self, rhs: Rows) -> Rows:
+    def _initial(self, columns: Float[Tensor, "P k"]) -> Rows:
         guess = self.solver.h0
         if guess is None:
-            return torch.zeros_like(rhs)
-        if guess.shape not in (rhs.shape[1:], rhs.T.shape):
+            return torch.zeros_like(columns.T)
+        if guess.shape not in (columns.shape[:1], columns.shape):
             raise InvalidInputError(
-                f"h0 must be ({rhs.shape[1]},) or {tuple(rhs.T.shape)} for these right-hand sides, got "
+                f"h0 must be ({columns.shape[0]},) or {tuple(columns.shape)} for these right-hand sides, got "
                 f"{tuple(guess.shape)}."
             )
-        if guess.dtype != rhs.dtype or guess.device != rhs.device:
+        if guess.dtype != columns.dtype or guess.device != columns.device:
             raise InvalidInputError(
-                f"h0 is {guess.dtype} on {guess.device}, the right-hand sides {rhs.dtype} on {rhs.device}: "
-                "convert it with .to(...)."
+                f"h0 is {guess.dtype} on {guess.device}, the right-hand sides {columns.dtype} on "
+                f"{columns.device}: convert it with .to(...)."
             )
         if not torch.isfinite(guess).all():
             raise InvalidInputError("h0 contains NaN or infinity: pass a finite guess, or None.")
-        return (guess if guess.ndim == 1 else guess.T).expand(rhs.shape).clone()
+        return (guess if guess.ndim == 1 else guess.T).expand(columns.T.shape)
 
     def _explain(self, systems: Systems) -> None:
         """Warn, once, of what no further iteration would mend, and say what would."""

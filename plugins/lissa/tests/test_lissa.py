@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import pairwise
 
 import jaxtyping
@@ -106,8 +107,12 @@ def test_plain_recursion_is_the_documented_one(dampen: float) -> None:
     for _ in range(20):
         h = b + (1 - dampen) * h - shifted(operator.matrix, 0.1) @ h / scale
     solver = LissaSolver(averaging=None, dampen=dampen, scale=scale, maxiter=20)
+    with (
+        pytest.warns(ConvergenceWarning, match="those of λ = 2.35, not of λ = 0.1") if dampen else nullcontext()
+    ):
+        inverse = solver.fit(operator, 0.1)
     with pytest.warns(ConvergenceWarning, match="iteration limit"):
-        solution = solver.fit(operator, 0.1).solve(b)
+        solution = inverse.solve(b)
     torch.testing.assert_close(solution.value, h / scale)
     assert solution.iterations.tolist() == [20] * 3
     torch.testing.assert_close(solution.residual, true_residuals(operator, 0.1, solution, b))
@@ -117,7 +122,10 @@ def test_plain_recursion_is_the_documented_one(dampen: float) -> None:
 def test_dampening_adds_to_the_regularisation(averaging: int | None) -> None:
     operator, b = Sampled(symmetric(torch.logspace(-1, 1, 8))), normal(8, 3)
     solver = LissaSolver(dampen=0.2, scale=8.0, rtol=1e-10, averaging=averaging)
-    solution = solver.fit(operator, 0.1).solve(b)
+    with pytest.warns(ConvergenceWarning, match=r"those of λ = 1\.7, not of λ = 0\.1\. Use dampen=0") as caught:
+        inverse = solver.fit(operator, 0.1)
+    assert len(caught) == 1
+    solution = inverse.solve(b)
     expected = torch.linalg.solve(shifted(operator.matrix, 0.1 + 0.2 * 8.0), b)
     torch.testing.assert_close(solution.value, expected, rtol=1e-8, atol=1e-10)
     assert solution.converged.all()

@@ -95,6 +95,41 @@ def test_negative_curvature_is_told_apart_from_a_small_scale(scale: float | str,
         assert LissaSolver(maxiter=4000).fit(operator, 0.6).solve(b).converged.all()
 
 
+@AVERAGING
+@pytest.mark.parametrize("seed", range(4))
+def test_a_singular_matrix_is_not_called_indefinite(seed: int, averaging: int | None) -> None:
+    """Along its null vectors the curvature is rounding, of either sign."""
+    operator = Sampled(symmetric([3.0, 2.0, 1.0, *[0.0] * 7], seed))
+    solver = LissaSolver(averaging=averaging, seed=seed)
+    with pytest.warns(ConvergenceWarning, match="2 of 2 .*iteration limit") as caught:
+        solution = solver.fit(operator, 0.0).solve(normal(10, 2, seed=seed))
+    assert len(caught) == 1
+    assert set(solution.reason) == {StopReason.ITERATION_LIMIT}
+    # What lies in the range is solved.
+    image = operator.matrix @ (operator.matrix @ solution.value - normal(10, 2, seed=seed))
+    assert image.norm() <= 1e-3 * normal(10, 2, seed=seed).norm()
+
+
+def test_the_cause_is_looked_for_along_all_that_grow() -> None:
+    """The first of them alone has grown at a scale that is too small, and knows nothing of the second."""
+    operator = Sampled(diagonal(30.0, -5.0))
+    with pytest.warns(IndefiniteOperatorWarning, match="at most -5,"), pytest.warns(ConvergenceWarning):
+        solution = LissaSolver(scale=10.0, averaging=None).fit(operator, 0.1).solve(torch.eye(2, dtype=FLOAT))
+    assert StopReason.NEGATIVE_CURVATURE in solution.reason
+
+
+def test_each_cause_is_said_with_its_own_eigenvalue() -> None:
+    operator = Sampled(diagonal(30.0, -1.0, 0.5))
+    b = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]], dtype=FLOAT)
+    with (
+        pytest.warns(IndefiniteOperatorWarning, match="at most -1,"),
+        pytest.warns(ConvergenceWarning, match="mini-batches is about 30"),
+        pytest.warns(ConvergenceWarning, match="2 of 2"),
+    ):
+        solution = LissaSolver(scale=10.0).fit(operator, 0.1).solve(b)
+    assert solution.reason == (StopReason.DIVERGED, StopReason.NEGATIVE_CURVATURE)
+
+
 def test_pitfall_indefinite_system_is_never_called_solved_without_its_residual() -> None:
     operator, b = Sampled(symmetric([-0.02, -0.01, *torch.logspace(-3, 1, 40).tolist()])), normal(42, 10)
     with pytest.warns(IndefiniteOperatorWarning), pytest.warns(ConvergenceWarning):
@@ -148,7 +183,15 @@ def test_largest_eigenvalue_follows_the_mini_batches_not_only_the_whole() -> Non
     few, many = noisy(rows=2), noisy(rows=200)
     assert typical_largest(few, few, 0) > 2 * typical_largest(many, many, 0)
     assert LissaSolver().fit(few, 3.0).scale == pytest.approx(0.6 * (typical_largest(few, few, 0) + 3.0))
-    assert LissaSolver(dampen=0.5).fit(few, 0.0).scale == pytest.approx(0.8 * typical_largest(few, few, 0))
+    with pytest.warns(ConvergenceWarning, match="dampen=0.5 adds"):
+        dampened = LissaSolver(dampen=0.5).fit(few, 0.0)
+    assert dampened.scale == pytest.approx(0.8 * typical_largest(few, few, 0))
+
+
+def test_negative_curvature_of_mini_batches_counts_by_its_magnitude() -> None:
+    operator = Sampled(diagonal(-9.0, 1.0), diagonal(-9.0, 1.0), diagonal(19.0, 1.0))
+    expected = (9.0**2 + 9.0**2 + 19.0**2) / (9.0 + 9.0 + 19.0)
+    assert typical_largest(operator, operator, 0) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -185,6 +228,18 @@ def test_tolerance_is_on_each_true_residual_alone(rtol: float) -> None:
     assert (true <= rtol).all()
     # Not solved much beyond what was asked: a tolerance on another norm would be off by orders.
     assert (true >= 1e-3 * rtol).all()
+
+
+@pytest.mark.parametrize("magnitude", [1e-38, 1e-21, 1e25])
+def test_magnitudes_whose_squares_single_precision_cannot_hold(magnitude: float) -> None:
+    operator, b = Sampled(symmetric([3.0, 2.0, 1.0, 0.5]).float()), (magnitude * normal(4, 2)).float()
+    solution = LissaSolver().fit(operator, 0.1).solve(b)
+    assert solution.converged.all()
+    assert (solution.iterations > 0).all()
+    remainder = b.double() - shifted(operator.matrix.double(), 0.1) @ solution.value.double()
+    assert (remainder.norm(dim=0) <= 1.01e-4 * b.double().norm(dim=0)).all()
+    # A guess is in the units of the right-hand sides.
+    assert not LissaSolver(h0=solution.value, rtol=1e-3).fit(operator, 0.1).solve(b).iterations.any()
 
 
 def test_float32_stops_at_the_accuracy_it_can_give() -> None:

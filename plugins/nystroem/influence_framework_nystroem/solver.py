@@ -22,13 +22,13 @@ from influence_framework.errors import (
 from influence_framework.lowrank import LowRankInverse
 from influence_framework.protocols import LinearOperator
 from influence_framework_nystroem.sketch import Approximation, Sketch
-from influence_framework_nystroem.spectrum import Apply, residual_norm, ritz_values
+from influence_framework_nystroem.spectrum import Apply, lanczos_steps, residual_norm, ritz_values
 
 FIRST_RANK = 32
 """Where the search for a rank starts; it doubles from there."""
 
 CLOSER_LOOK = 10
-"""Products that bring an estimate of the most negative eigenvalue within a small factor, once one is seen."""
+"""Further products once a negative eigenvalue is seen: they bring the estimate of it within a small factor."""
 
 NEGLIGIBLE = 1e-3
 """A negative eigenvalue below this fraction of λ changes the inverse by less than a sketch gets wrong."""
@@ -46,8 +46,9 @@ class NystroemSolver:
     Preconditioning", §3. With λ = 0 it is the pseudo-inverse of ``Ĉ``.
 
     The approximation knows nothing of negative curvature, which is looked for in the span of ``Ω`` and,
-    by a few steps of Davidson's method, around it. What is found is warned of; where its magnitude
-    reaches λ, it is refused.
+    by some steps of Davidson's method, around it: by more where the sketch leaves larger eigenvalues, by none
+    where the operator is ``positive_semidefinite``. What is found is warned of; where its magnitude reaches λ,
+    it is refused.
 
     Memory is five ``P × (r + oversampling)`` matrices while the approximation is made, and one afterwards.
 
@@ -55,11 +56,12 @@ class NystroemSolver:
         rank: ``r``, the most eigenpairs kept; or ``"auto"``: doubled, keeping all products, until an estimate
             of ``‖C − Ĉ‖`` is at most ``tolerance · λ``.
         seed: Of the generator of all random vectors.
-        oversampling: Test vectors beyond the rank.
+        oversampling: Test vectors beyond the rank. Without them ``Ωᵀ C Ω`` is badly conditioned where ``r`` is
+            the rank of ``C``, which costs float32 most of its digits.
         power_passes: How often the test vectors are replaced by an orthonormal basis of their products
             first: better eigenpairs of a slowly decaying spectrum, for a pass over the data each.
-        checks: Products with one vector that look for negative curvature that the sketch does not see. 0 is
-            safe where ``C`` is positive semidefinite by construction.
+        checks: The most products with one vector that look for negative curvature that the sketch does not
+            see. As many are made as a random start needs to show an eigenvalue of ``−λ``.
         tolerance: Of ``"auto"``, relative to λ.
         max_rank: Where ``"auto"`` gives up, with a warning.
         progress: Show a bar that counts the columns multiplied.
@@ -67,9 +69,9 @@ class NystroemSolver:
 
     rank: int | Literal["auto"] = 50
     seed: int = 0
-    oversampling: int = 0
+    oversampling: int = 10
     power_passes: int = 0
-    checks: int = 4
+    checks: int = 32
     tolerance: float = 1.0
     max_rank: int = 512
     progress: bool = False
@@ -102,7 +104,7 @@ class NystroemSolver:
 
         Warns:
             IndefiniteOperatorWarning: ``C`` has a negative eigenvalue of smaller magnitude.
-            ConvergenceWarning: ``rank="auto"`` ended at ``max_rank``.
+            ConvergenceWarning: ``rank="auto"`` ended at ``max_rank``, or at what rounding leaves.
         """
         if operator.dtype not in (torch.float32, torch.float64):
             raise InvalidInputError(
@@ -148,11 +150,13 @@ class NystroemSolver:
             error = residual_norm(apply, approximation.values, approximation.vectors, generator)
             if error <= self.tolerance * regularization or rank >= operator.shape[0]:
                 return sketch, approximation, error
-            if rank == self.max_rank:
+            attained = error <= approximation.rounding
+            if attained or rank == self.max_rank:
+                end, remedy = ("rank", "use float64") if attained else ("max_rank", "raise max_rank")
                 warnings.warn(
-                    f"rank='auto' ended at max_rank={rank} with an error of about {error:.3g}, above "
-                    f"{self.tolerance:g} times the regularisation {regularization:.3g}: raise max_rank or the "
-                    "regularisation.",
+                    f"rank='auto' ended at {end}={rank} with an error of about {error:.3g}"
+                    f"{', the rounding of this dtype' if attained else ''}, above {self.tolerance:g} times the "
+                    f"regularisation {regularization:.3g}: {remedy} or raise the regularisation.",
                     ConvergenceWarning,
                     stacklevel=3,
                 )
@@ -172,15 +176,27 @@ class NystroemSolver:
         The search starts in the span of ``Ω``, where all products are known, and the deflated inverse leads
         it away from the large eigenvalues. It is positive definite, so that it hides no negative one.
         """
+        products, found = self._checks(operator, approximation, regularization), False
         precondition = _deflated(operator, regularization, approximation).__matmul__
         negligible = max(approximation.rounding, NEGLIGIBLE * regularization)
         lowest = 0.0
-        seen = ritz_values(apply, precondition, sketch.test, sketch.product, sketch.core)
-        for products, values in enumerate(seen):
+        for values in ritz_values(apply, precondition, sketch.test, sketch.product, sketch.core):
             lowest = values[0].item()
-            if products >= (CLOSER_LOOK if lowest < -negligible else self.checks):
+            if not found and lowest < -negligible:
+                products, found = CLOSER_LOOK, True
+            if not products:
                 break
+            products -= 1
         return lowest if lowest < -approximation.rounding else 0.0
+
+    def _checks(self, operator: LinearOperator, approximation: Approximation, regularization: float) -> int:
+        """As many products as show an eigenvalue of ``−λ`` beside those left, of up to about ``θ_r``."""
+        if getattr(operator, "positive_semidefinite", False):
+            return 0
+        if regularization == 0:
+            return self.checks
+        left = approximation.values[-1].item() if len(approximation.values) else 0.0
+        return min(self.checks, lanczos_steps(operator.shape[0], regularization / (left + regularization)))
 
 
 @dataclass(frozen=True, eq=False)

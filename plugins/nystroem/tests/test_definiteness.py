@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from influence_framework_nystroem import NystroemSolver
 from influence_framework_nystroem.sketch import Sketch
 
 from influence_framework import DenseOperator, IndefiniteOperatorWarning, SingularOperatorError
+from plugins.nystroem.tests.test_nystroem import Counting
 
 LAMBDA = 1e-2
 
@@ -112,6 +114,50 @@ def test_a_negligible_negative_part_is_not_worth_a_warning() -> None:
         inverse.with_regularization(LAMBDA)
     with pytest.raises(SingularOperatorError):
         inverse.with_regularization(1e-4)
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        symmetric(10 / torch.arange(1, 400), torch.tensor([-0.1])),
+        symmetric(10 / torch.arange(1, 400), torch.tensor([-0.02])),
+        symmetric(torch.logspace(1, -3, 395), torch.full((5,), -0.02)),
+    ],
+    ids=["large", "small", "several"],
+)
+@pytest.mark.parametrize("rank", [10, 50])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_slowly_decaying_spectrum_does_not_hide_it(matrix: torch.Tensor, rank: int, seed: int) -> None:
+    with pytest.raises(SingularOperatorError, match="indefinite"):
+        NystroemSolver(rank=rank, seed=seed).fit(DenseOperator(matrix), LAMBDA)
+
+
+@pytest.mark.parametrize("checks", [32, 7])
+def test_checks_are_as_many_as_the_spectrum_that_is_left_asks_for(checks: int) -> None:
+    counts = []
+    for magnitude in (1e-6, LAMBDA, 10 * LAMBDA, 1e4 * LAMBDA):
+        operator = Counting(symmetric(torch.linspace(10, 1, 10), magnitude * torch.linspace(2, 1, 390)))
+        NystroemSolver(rank=30, oversampling=0, checks=checks).fit(operator, LAMBDA)
+        assert operator.widths[0] == 30
+        counts.append(len(operator.widths) - 1)
+    assert counts == sorted(counts)
+    assert counts[0] == 5
+    assert counts[-1] == checks
+
+
+def test_no_checks_where_the_operator_claims_to_need_none() -> None:
+    class Semidefinite(Counting):
+        positive_semidefinite = True
+
+    operator = Semidefinite(symmetric(10 / torch.arange(1, 400)))
+    NystroemSolver(rank=10).fit(operator, LAMBDA)
+    assert operator.widths == [20]
+
+
+def test_an_eigenvalue_that_cancels_the_regularisation_is_refused() -> None:
+    inverse = NystroemSolver(rank=3).fit(DenseOperator(symmetric(torch.tensor([0.5, 1.0, 2.0]))), 0.25)
+    with pytest.raises(SingularOperatorError, match="has nothing to do"):
+        replace(inverse, lowest=-0.25)
 
 
 def test_no_checks_leave_it_to_the_sketch() -> None:

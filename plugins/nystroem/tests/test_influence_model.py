@@ -101,6 +101,40 @@ def test_at_full_rank_models_of_all_kinds_agree_with_the_dense_inverse(name: str
     reference.assert_close(factors, torch.linalg.solve(damped, gradients.T).T, 1e-9)
 
 
+def saturating(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Not convex in the output."""
+    return (output - target).square().log1p().sum(-1).mean()
+
+
+@pytest.mark.parametrize(
+    ("case", "loss", "source", "claim"),
+    [
+        (CASE, None, "gauss_newton", True),
+        ("mse", None, "gauss_newton", True),
+        ("bce_with_logits", None, "gauss_newton", True),
+        ("quartic_loss", None, "gauss_newton", False),
+        ("mse", saturating, "gauss_newton", False),
+        ("mse", saturating, "empirical_fisher", True),
+        (CASE, None, "hessian", False),
+    ],
+)
+def test_sources_claim_to_be_positive_semidefinite_where_that_is_known(
+    case: str, loss: Any, source: str, claim: bool
+) -> None:
+    instance = cases.make(case)
+    problem = inf.Problem.build(instance.model, loss or instance.loss, instance.data)
+    operator = cases.operator(source, problem)
+    assert getattr(operator, "positive_semidefinite", False) is claim
+
+
+def test_a_single_number_tells_nothing_of_the_loss() -> None:
+    model = torch.nn.Linear(2, 1).double().eval()
+    for count, claim in ((1, False), (2, True)):
+        data = [(torch.arange(2.0 * count).double().reshape(count, 2), torch.ones(count, 1).double())]
+        operator = cases.operator("gauss_newton", inf.Problem.build(model, torch.nn.MSELoss(), data))
+        assert getattr(operator, "positive_semidefinite", False) is claim
+
+
 def test_the_solver_has_a_name() -> None:
     registry = inf.Registry({"mine": influence_framework_nystroem}, installed=False)
     assert registry.failures == ()

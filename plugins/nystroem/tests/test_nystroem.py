@@ -168,7 +168,7 @@ def test_one_product_holds_the_whole_sketch() -> None:
     assert operator.widths == [27]
     operator = Counting(decaying())
     NystroemSolver(rank=20, power_passes=2, checks=4).fit(operator, 1e-2)
-    assert operator.widths == [20, 20, 20, 1, 1, 1, 1]
+    assert operator.widths == [30, 30, 30, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("option", ["oversampling", "power_passes"])
@@ -202,15 +202,15 @@ def test_auto_reaches_the_regularisation_and_keeps_every_product(tolerance: floa
     assert error_of(inverse) <= 1.05 * tolerance * 0.05
     assert inverse.error_estimate == pytest.approx(error_of(inverse).item(), rel=0.1)
     blocks = [width for width in operator.widths if width > 1]
-    assert blocks == [32, 32, 64, 128][: len(blocks)]
-    assert sum(blocks) == len(inverse.values) == {1.0: 128, 0.01: 256}[tolerance]
+    assert blocks == [42, 32, 64, 128][: len(blocks)]
+    assert sum(blocks) - 10 == len(inverse.values) == {1.0: 128, 0.01: 256}[tolerance]
 
 
 def test_auto_gives_up_at_max_rank_and_says_how_far_it_came() -> None:
     operator = Counting(decaying(300, last=-4.0))
     with pytest.warns(ConvergenceWarning, match=r"max_rank=50 with an error of about .*raise max_rank"):
         inverse = NystroemSolver(rank="auto", max_rank=50, checks=0).fit(operator, 0.05)
-    assert [width for width in operator.widths if width > 1] == [32, 18]
+    assert [width for width in operator.widths if width > 1] == [42, 18]
     assert len(inverse.values) == 50
 
 
@@ -274,7 +274,7 @@ def test_progress_counts_columns(capsys: pytest.CaptureFixture[str]) -> None:
     NystroemSolver(rank=20, checks=0).fit(operator, 1.0)
     assert not capsys.readouterr().err
     NystroemSolver(rank=20, checks=3, progress=True).fit(operator, 1.0)
-    assert "23column" in capsys.readouterr().err
+    assert "33column" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
