@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-PARTS = ("spine", "family")
+PARTS = ("spine", "family", "ekfac", "growth")
 RESULTS = Path(__file__).with_name("results")
 
 
@@ -27,13 +27,13 @@ def installed(name: str) -> str | None:
 
 
 def header(part: str, runs: int) -> str:
-    packages = ("influence-framework", "pydvl", "torch")
+    packages = ("influence-framework", "pydvl", "kronfluence", "torch")
     versions = ", ".join(filter(None, map(installed, packages)))
     return (
         f"Written by `python benchmarks/run.py --only {part}`. Seconds and ratios are median "
-        f"(minimum–maximum) of {runs} paired runs in one process, {torch.get_num_threads()} threads, on "
-        f"digits: 1,500 training and 50 test images, float32. {versions}, Python {platform.python_version()}, "
-        f"{platform.machine()}.\n"
+        f"(minimum–maximum) of {runs} paired runs in one process, {torch.get_num_threads()} threads, "
+        "float32, on digits: 1,500 training and 50 test images unless a row says otherwise. "
+        f"{versions}, Python {platform.python_version()}, {platform.machine()}.\n"
     )
 
 
