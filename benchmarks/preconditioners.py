@@ -67,6 +67,7 @@ def report(runs: int) -> Iterator[str]:
         "iterations of the slowest right-hand side, and seconds with the fit of the preconditioner. λ is a "
         "multiple of the mean eigenvalue of the Gauss-Newton matrix.",
         "",
+        "<!-- --8<-- [start:table] -->",
         "| net | parameters | source | λ / mean eigenvalue | " + " | ".join(CHOICES) + " |",
         "|---|---|---|---|" + "---|" * len(CHOICES),
     )
@@ -84,3 +85,4 @@ def report(runs: int) -> Iterator[str]:
                 + " | ".join(cells)
                 + " |"
             )
+    yield "<!-- --8<-- [end:table] -->"

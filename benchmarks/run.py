@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-PARTS = ("spine", "family", "ekfac", "growth")
+PARTS = ("spine", "family", "ekfac", "growth", "preconditioners")
 RESULTS = Path(__file__).with_name("results")
 
 
