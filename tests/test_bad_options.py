@@ -101,9 +101,9 @@ REGULARIZATION: dict[str, tuple[Any, str]] = {
     "negative": (-1.0, "finite and not negative, got -1.0"),
     "NaN": (NAN, "finite and not negative, got nan"),
     "infinite": (INF, "finite and not negative, got inf"),
-    "bool": (True, "is a number or a mapping .* is True"),
-    "string": ("0.1", "is a number or a mapping .* is '0.1'"),
-    "None": (None, "is a number or a mapping .* is None"),
+    "bool": (True, "is a number, .* or a mapping .* is True"),
+    "string": ("0.1", "is a number, .* or a mapping .* is '0.1'"),
+    "None": (None, "is a number, .* or a mapping .* is None"),
     "negative in a mapping": ({"full": -1.0}, "not negative, got -1.0 for 'full'"),
     "bool in a mapping": ({"full": True}, "'full' is True"),
     "unknown block": (
