@@ -12,9 +12,11 @@ A positive score means that up-weighting the training point lowers the test loss
 training points changes the test loss by about +score/n.
 """
 
+from influence_framework.bounds import BoundedScores
 from influence_framework.bridges import from_scipy, to_scipy
 from influence_framework.compose import compose
 from influence_framework.errors import (
+    ConvergenceError,
     ConvergenceWarning,
     IndefiniteOperatorWarning,
     InfluenceError,
@@ -59,13 +61,19 @@ from influence_framework.protocols import (
     StopReason,
     Sweepable,
     Trace,
+    WarmStart,
 )
+from influence_framework.refinement import RefinedSolver
 from influence_framework.registry import Registry, default_registry, hessian_sources, solvers
 from influence_framework.regularization import RelativeRegularization
+from influence_framework.reports import BlockReport, SolveReport
 
 __all__ = [
     "BlockDiagonalOperator",
+    "BlockReport",
     "Blocks",
+    "BoundedScores",
+    "ConvergenceError",
     "ConvergenceWarning",
     "Dense",
     "DenseOperator",
@@ -94,11 +102,13 @@ __all__ = [
     "PluginError",
     "Preconditioning",
     "Problem",
+    "RefinedSolver",
     "Registry",
     "RelativeRegularization",
     "Reregularizable",
     "SingularOperatorError",
     "Solution",
+    "SolveReport",
     "Solver",
     "StopReason",
     "SupervisedObjective",
@@ -108,6 +118,7 @@ __all__ = [
     "UnknownMethodError",
     "UnknownOptionError",
     "UnsupportedLayerError",
+    "WarmStart",
     "compose",
     "default_registry",
     "from_scipy",

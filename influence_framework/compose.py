@@ -15,6 +15,7 @@ from influence_framework.influence import TorchInfluenceFunctionModel
 from influence_framework.objective import Loss, Objective
 from influence_framework.problem import DEFAULT_MEMORY_BUDGET
 from influence_framework.protocols import HessianSource, Solver
+from influence_framework.refinement import RefinedSolver
 from influence_framework.registry import KINDS, Kind, Method, Registry, default_registry
 from influence_framework.regularization import Regularization
 
@@ -31,6 +32,8 @@ def compose(
     blocks: str | Mapping[str, Sequence[str]] = "full",
     hessian_regularization: Regularization = 0.0,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    refine: Spec | Solver | None = None,
+    on_failure: str = "warn",
     registry: Registry = default_registry,
 ) -> TorchInfluenceFunctionModel:
     """An influence model put together by name, not fitted yet.
@@ -47,6 +50,9 @@ def compose(
         hessian_regularization: λ of ``(C + λI)⁻¹``, in the units of the curvature of the *mean* loss; one
             number, or one per block name; ``RelativeRegularization(0.1)`` is a tenth of the mean eigenvalue.
         memory_budget: Bytes for caches and intermediate results beside model, data and results.
+        refine: A solver that starts from what ``solver`` gives, with it as its preconditioner, and measures
+            residuals: ``{"name": "cg", "maxiter": 10}`` turns a cheap approximation into an exact method.
+        on_failure: ``"raise"``, ``"warn"`` or ``"ignore"`` right-hand sides that were not solved.
         registry: Where names are looked up.
 
     Raises:
@@ -55,6 +61,8 @@ def compose(
         InvalidInputError: Anything else that cannot be right.
     """
     chosen = resolve("solver", solver, registry)
+    if refine is not None:
+        chosen = RefinedSolver(chosen, resolve("solver", refine, registry))
     if source is None:
         source = getattr(chosen, "default_source", None) or DEFAULT_SOURCE
     return TorchInfluenceFunctionModel(
@@ -65,6 +73,7 @@ def compose(
         blocks=blocks,
         hessian_regularization=hessian_regularization,
         memory_budget=memory_budget,
+        on_failure=on_failure,
     )
 
 

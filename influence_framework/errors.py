@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from influence_framework.reports import SolveReport
 
 
 class InfluenceError(Exception):
@@ -58,6 +62,18 @@ class SingularOperatorError(InfluenceError, ArithmeticError):
         super().__init__(message)
         self.condition = condition
         self.suggested_regularization = suggested_regularization
+
+
+class ConvergenceError(InfluenceError, ArithmeticError):
+    """Right-hand sides were not solved, and ``on_failure`` is ``"raise"``.
+
+    Attributes:
+        report: The :class:`SolveReport` of the call.
+    """
+
+    def __init__(self, message: str, report: SolveReport) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 class ConvergenceWarning(UserWarning):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -21,6 +23,7 @@ from influence_framework.gradients import (
     sample_gradients,
     samples_within,
 )
+from influence_framework.inverses import relative_residuals
 from influence_framework.layer_scores import LayerScorer, suits
 from influence_framework.operators import require_capabilities
 from influence_framework.parameters import Blocks
@@ -37,6 +40,7 @@ from influence_framework.protocols import (
     Sweepable,
 )
 from influence_framework.regularization import Strength, absolute
+from influence_framework.solving import SolveLog
 
 SOLVE_COPIES = 12
 """Vectors of the length of a right-hand side that an iterative solver holds for each of them."""
@@ -54,10 +58,17 @@ class FittedBlock:
     operator: LinearOperator
     solver: Solver
     inverse: InverseOperator
+    regularization: float
 
     @classmethod
     def of(
-        cls, name: str, index: Tensor | None, operator: LinearOperator, solver: Solver, inverse: InverseOperator
+        cls,
+        name: str,
+        index: Tensor | None,
+        operator: LinearOperator,
+        solver: Solver,
+        inverse: InverseOperator,
+        regularization: float,
     ) -> Self:
         """A block from what ``solver`` returned for it: checked to be an inverse of its operator's shape."""
         if not isinstance(inverse, InverseOperator) or inverse.shape != operator.shape:
@@ -65,7 +76,12 @@ class FittedBlock:
                 f"{type(solver).__name__}.fit returned {type(inverse).__name__} where an inverse operator "
                 f"of shape {operator.shape} was expected: the solver is faulty."
             )
-        return cls(name, index, operator, solver, inverse)
+        return cls(name, index, operator, solver, inverse, regularization)
+
+    @property
+    def solver_name(self) -> str:
+        """Name of the solver's class."""
+        return type(self.solver).__name__
 
     @property
     def selection(self) -> Tensor | slice:
@@ -76,12 +92,19 @@ class FittedBlock:
         """At another λ: without fitting again where the inverse offers it."""
         if not isinstance(self.inverse, Reregularizable):
             inverse = self.solver.fit(self.operator, strength)
-            return self.of(self.name, self.index, self.operator, self.solver, inverse)
-        return replace(self, inverse=self.inverse.with_regularization(strength))
+            return self.of(self.name, self.index, self.operator, self.solver, inverse, strength)
+        return replace(self, inverse=self.inverse.with_regularization(strength), regularization=strength)
 
-    def solve(self, gradients: Float[Tensor, "m P"]) -> Float[Tensor, "m q"]:
+    def solve(self, gradients: Float[Tensor, "m P"], log: SolveLog) -> Float[Tensor, "m q"]:
         """This block's factors of rows over the whole vector."""
-        return self._rows(self.inverse.solve(gradients[:, self.selection].T))
+        columns = gradients[:, self.selection].T
+        (solution,) = self._logged(log, [self.regularization], lambda: [self.inverse.solve(columns)])
+        return self._rows(solution)
+
+    def _logged(
+        self, log: SolveLog, strengths: Sequence[float], work: Callable[[], Sequence[Solution]]
+    ) -> Sequence[Solution]:
+        return log.solve(self.name, self.solver_name, strengths, self.inverse, work)
 
     def at_each(self, strengths: Sequence[float]) -> list[Self]:
         """This block at each λ, as :meth:`solve_sweep` wants it: none where the inverse sweeps by itself."""
@@ -90,13 +113,18 @@ class FittedBlock:
         return [self.with_regularization(strength) for strength in strengths]
 
     def solve_sweep(
-        self, gradients: Float[Tensor, "m P"], strengths: Sequence[float], at: Sequence[FittedBlock]
+        self,
+        gradients: Float[Tensor, "m P"],
+        strengths: Sequence[float],
+        at: Sequence[FittedBlock],
+        log: SolveLog,
     ) -> list[Float[Tensor, "m q"]]:
         """Factors at each λ; ``at`` is what :meth:`at_each` returned for them."""
         if not isinstance(self.inverse, Sweepable):
-            return [block.solve(gradients) for block in at]
-        columns = gradients[:, self.selection].T
-        return [self._rows(solution) for solution in self.inverse.solve_sweep(columns, strengths)]
+            return [block.solve(gradients, log) for block in at]
+        inverse, columns = self.inverse, gradients[:, self.selection].T
+        solutions = self._logged(log, strengths, lambda: inverse.solve_sweep(columns, strengths))
+        return [self._rows(solution) for solution in solutions]
 
     def _rows(self, solution: Solution) -> Tensor:
         value = solution.value.T
@@ -145,7 +173,7 @@ class Fitted:
         else:
             inverses = {name: solver.fit(operator, strengths[name]) for name, operator in operators.items()}
         fitted = {
-            name: FittedBlock.of(name, places[name], operator, solver, inverses[name])
+            name: FittedBlock.of(name, places[name], operator, solver, inverses[name], strengths[name])
             for name, operator in operators.items()
         }
         return cls(problem, fitted, model_state(problem.model))
@@ -166,46 +194,48 @@ class Fitted:
         """Samples in ``batch``."""
         return self.problem.objective.size(batch)
 
-    def factors(self, batch: Batch) -> dict[str, Float[Tensor, "m _q"]]:
+    def factors(self, batch: Batch, log: SolveLog) -> dict[str, Float[Tensor, "m _q"]]:
         """``(C + λI)⁻¹ ∇ℓ`` of every sample, by block."""
         chunks = [
-            {name: block.solve(gradients) for name, block in self.blocks.items()}
-            for gradients in self._gradients(batch)
+            {name: block.solve(gradients, log) for name, block in self.blocks.items()}
+            for gradients in self.gradients(batch)
         ]
         return {name: torch.cat([chunk[name] for chunk in chunks]) for name in self.blocks}
 
-    def scores(self, test: Batch, train: Batch, mode: InfluenceMode) -> dict[str, Tensor]:
+    def scores(self, test: Batch, train: Batch, mode: InfluenceMode, log: SolveLog) -> dict[str, Tensor]:
         """Scores by block, solving for the smaller side where both will do."""
         if mode is InfluenceMode.Up and self.size(train) < self.size(test):
-            return {name: part.T for name, part in self.scores(train, test, mode).items()}
+            return {name: part.T for name, part in self.scores(train, test, mode, log).items()}
         if mode is InfluenceMode.Up and (scorer := self._layer_scorer()) is not None:
-            (scores,) = scorer.scores(test, train)
+            with _scored(self.blocks.values(), self.size(test), log):
+                (scores,) = scorer.scores(test, train)
             return scores
         parts = []
-        for gradients in self._gradients(test):
-            factors = {name: block.solve(gradients) for name, block in self.blocks.items()}
+        for gradients in self.gradients(test):
+            factors = {name: block.solve(gradients, log) for name, block in self.blocks.items()}
             parts.append(self.contract(factors, train, mode))
         return {name: torch.cat([part[name] for part in parts]) for name in self.blocks}
 
     def sweep(
-        self, test: Batch, train: Batch, mode: InfluenceMode, values: Sequence[Strength]
+        self, test: Batch, train: Batch, mode: InfluenceMode, values: Sequence[Strength], log: SolveLog
     ) -> dict[Strength, dict[str, Tensor]]:
         """:meth:`scores` at each λ, with one pass over the gradients of each side for all of them."""
         if mode is InfluenceMode.Up and self.size(train) < self.size(test):
-            swapped = self.sweep(train, test, mode, values)
+            swapped = self.sweep(train, test, mode, values, log)
             return {s: {name: part.T for name, part in scores.items()} for s, scores in swapped.items()}
         each = [self._absolute(dict.fromkeys(self.blocks, value)) for value in values]
         strengths = {name: [at[name] for at in each] for name in self.blocks}
         at = {name: block.at_each(strengths[name]) for name, block in self.blocks.items()}
         if mode is InfluenceMode.Up and (scorer := self._layer_scorer()) is not None:
             inverses = [{name: at[name][i].inverse for name in at} for i in range(len(values))]
-            return dict(zip(values, scorer.scores(test, train, inverses), strict=True))
+            with _scored([block for each in at.values() for block in each], self.size(test), log):
+                return dict(zip(values, scorer.scores(test, train, inverses), strict=True))
         parts = []
-        for gradients in self._gradients(test, copies=SOLVE_COPIES * len(values)):
+        for gradients in self.gradients(test, copies=SOLVE_COPIES * len(values)):
             factors = {
                 (i, name): Factors(rows, block.index)
                 for name, block in self.blocks.items()
-                for i, rows in enumerate(block.solve_sweep(gradients, strengths[name], at[name]))
+                for i, rows in enumerate(block.solve_sweep(gradients, strengths[name], at[name], log))
             }
             parts.append(_contract(mode, factors, self.problem, train))
         return {
@@ -213,16 +243,29 @@ class Fitted:
             for i, value in enumerate(values)
         }
 
-    def self_scores(self, batch: Batch) -> dict[str, Float[Tensor, " n"]]:
+    def residuals(self, batch: Batch, log: SolveLog) -> dict[str, Float[Tensor, " n"]]:
+        """``‖∇ℓ − (C + λI) x̂‖ / ‖∇ℓ‖`` of every sample's factor ``x̂``, by block, at one product a block."""
+        parts = []
+        for gradients in self.gradients(batch):
+            part = {}
+            for name, block in self.blocks.items():
+                columns = gradients[:, block.selection].T
+                value = block.solve(gradients, log).T
+                part[name] = relative_residuals(block.operator, block.regularization, value, columns)
+            parts.append(part)
+        return {name: torch.cat([part[name] for part in parts]) for name in self.blocks}
+
+    def self_scores(self, batch: Batch, log: SolveLog) -> dict[str, Float[Tensor, " n"]]:
         """``∇ℓᵀ (C + λI)⁻¹ ∇ℓ`` of every sample with itself, by block; never of pairs."""
         if (scorer := self._layer_scorer()) is not None:
-            return scorer.self_scores(batch)
+            with _scored(self.blocks.values(), self.size(batch), log):
+                return scorer.self_scores(batch)
         parts = [
             {
-                name: (block.solve(gradients) * gradients[:, block.selection]).sum(1)
+                name: (block.solve(gradients, log) * gradients[:, block.selection]).sum(1)
                 for name, block in self.blocks.items()
             }
-            for gradients in self._gradients(batch)
+            for gradients in self.gradients(batch)
         ]
         return {name: torch.cat([part[name] for part in parts]) for name in self.blocks}
 
@@ -249,12 +292,22 @@ class Fitted:
             rows[:, block.selection] = factors[name]
         return rows
 
-    def _gradients(self, batch: Batch, copies: int = SOLVE_COPIES) -> Iterator[Float[Tensor, "m P"]]:
+    def gradients(self, batch: Batch, copies: int = SOLVE_COPIES) -> Iterator[Float[Tensor, "m P"]]:
         """Per-sample gradients, as many at a time as can be solved for within the budget."""
         parameters = self.problem.parameters
         count = samples_within(self.problem, parameters, self.problem.memory_budget, copies)
         for chunk in split(batch, self.size(batch), count):
             yield sample_gradients(self.problem, parameters, chunk)
+
+
+@contextmanager
+def _scored(blocks: Collection[FittedBlock], count: int, log: SolveLog) -> Iterator[None]:
+    """Note the scores of ``count`` samples, worked out within, which no right-hand side was solved for."""
+    start = time.perf_counter()
+    yield
+    seconds = (time.perf_counter() - start) / len(blocks)
+    for block in blocks:
+        log.note(block.name, block.solver_name, block.regularization, block.inverse, count, seconds)
 
 
 def _contract(

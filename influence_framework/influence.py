@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, Self, overload
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from influence_framework.checks import check_differentiable, check_leaves, check_model, check_unchanged
-from influence_framework.data import Batch, detached, random_state_kept, split
+from influence_framework.bounds import BoundedScores, bounded_scores
+from influence_framework.data import Batch, random_state_kept
 from influence_framework.devices import to_device
 from influence_framework.errors import InvalidInputError, NotFittedError
 from influence_framework.fitted import Fitted
 from influence_framework.objective import Loss, Objective
 from influence_framework.parameters import Blocks
+from influence_framework.points import check_factors, checked_pairs, checked_points
 from influence_framework.problem import DEFAULT_MEMORY_BUDGET, Problem
 from influence_framework.protocols import HessianSource, InfluenceMode, InverseOperator, Solver
 from influence_framework.regularization import (
@@ -25,6 +27,8 @@ from influence_framework.regularization import (
     check_regularization,
     per_block,
 )
+from influence_framework.reports import SolveReport
+from influence_framework.solving import SolveLog, act_on_failures, check_policy
 
 
 class TorchInfluenceFunctionModel:
@@ -53,6 +57,9 @@ class TorchInfluenceFunctionModel:
         hessian_regularization: λ, one number or one per block name; a :class:`RelativeRegularization` stands
             for a fraction of the mean eigenvalue.
         memory_budget: Bytes for caches and intermediate results beside model, data and results.
+        on_failure: What to do where right-hand sides were not solved: ``"raise"`` a :class:`ConvergenceError`,
+            ``"warn"`` in one line a call, or ``"ignore"`` it. :attr:`report` says what happened in each case;
+            a result that is not finite is always an error.
     """
 
     def __init__(
@@ -65,6 +72,7 @@ class TorchInfluenceFunctionModel:
         blocks: str | Mapping[str, Sequence[str]] = "full",
         hessian_regularization: Regularization = 0.0,
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
+        on_failure: str = "warn",
     ) -> None:
         if memory_budget <= 0:
             raise InvalidInputError(f"memory_budget is a positive number of bytes, got {memory_budget}.")
@@ -76,6 +84,8 @@ class TorchInfluenceFunctionModel:
         self.blocks = blocks
         self.hessian_regularization = hessian_regularization
         self.memory_budget = memory_budget
+        self.on_failure = check_policy(on_failure)
+        self._report = SolveReport()
         self._fit: Fitted | None = None
 
     def __repr__(self) -> str:
@@ -95,6 +105,11 @@ class TorchInfluenceFunctionModel:
     def inverses(self) -> Mapping[str, InverseOperator]:
         """The inverse fitted for each block, by name, with whatever its solver lets one see of it."""
         return {name: block.inverse for name, block in self._fitted().blocks.items()}
+
+    @property
+    def report(self) -> SolveReport:
+        """What came of every right-hand side of the last call that solved any."""
+        return self._report
 
     def fit(self, data: Iterable[Batch]) -> Self:
         """Read the training data and fit one inverse per block.
@@ -124,7 +139,9 @@ class TorchInfluenceFunctionModel:
         """
         check_regularization(hessian_regularization)
         other = type(self).__new__(type(self))
-        other.__dict__.update(self.__dict__, hessian_regularization=hessian_regularization)
+        other.__dict__.update(
+            self.__dict__, hessian_regularization=hessian_regularization, _report=SolveReport()
+        )
         if self._fit is not None:
             strengths = per_block(hessian_regularization, self._fit.blocks)
             other._fit = self._fit.with_regularization(strengths)
@@ -138,6 +155,7 @@ class TorchInfluenceFunctionModel:
         self._fit = fitted
         return self
 
+    @overload
     def influences(
         self,
         x_test: Any,
@@ -145,7 +163,32 @@ class TorchInfluenceFunctionModel:
         x: Any = None,
         y: Any = None,
         mode: InfluenceMode | str = InfluenceMode.Up,
-    ) -> Tensor:
+        *,
+        return_bounds: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def influences(
+        self,
+        x_test: Any,
+        y_test: Any,
+        x: Any = None,
+        y: Any = None,
+        mode: InfluenceMode | str = InfluenceMode.Up,
+        *,
+        return_bounds: Literal[True],
+    ) -> BoundedScores: ...
+
+    def influences(
+        self,
+        x_test: Any,
+        y_test: Any,
+        x: Any = None,
+        y: Any = None,
+        mode: InfluenceMode | str = InfluenceMode.Up,
+        *,
+        return_bounds: bool = False,
+    ) -> Tensor | BoundedScores:
         """Scores of every training point ``(x, y)`` for every test point.
 
         In mode Up the system is solved for the smaller of the two sides, which gives the same scores
@@ -157,15 +200,28 @@ class TorchInfluenceFunctionModel:
             x: Inputs of the training points; with ``y`` left out too, the test points stand in.
             y: Their targets.
             mode: A member of :class:`InfluenceMode` or its value.
+            return_bounds: Correct the scores of mode Up by the residuals of both sides, and bound what error is
+                left: see :func:`influence_framework.bounds.bounded_scores`. Solves for both sides, and needs a
+                positive semidefinite curvature with λ > 0.
 
         Returns:
-            ``(n_test, n_train)`` in mode Up, ``(n_test, n_train, *features)`` in mode Perturbation.
+            ``(n_test, n_train)`` in mode Up, ``(n_test, n_train, *features)`` in mode Perturbation; with
+            ``return_bounds`` a :class:`BoundedScores` of scores and bounds, ``(n_test, n_train)`` each.
 
         Raises:
             NotFittedError: Before ``fit``.
             InvalidInputError: What does not fit, with the remedy.
         """
-        return self._total(self.influences_by_block(x_test, y_test, x, y, mode))
+        if not return_bounds:
+            return self._total(self.influences_by_block(x_test, y_test, x, y, mode))
+        fitted = self._fitted()
+        mode, test, train = checked_pairs(fitted, x_test, y_test, x, y, mode)
+        if mode is not InfluenceMode.Up:
+            raise InvalidInputError(
+                "return_bounds=True bounds scores of mode 'up'; leave it out in the other mode."
+            )
+        with self._solving() as log:
+            return bounded_scores(fitted, test, train, log)
 
     def influences_by_block(
         self,
@@ -177,9 +233,9 @@ class TorchInfluenceFunctionModel:
     ) -> dict[str, Tensor]:
         """Each block's part of :meth:`influences`; they add up to it."""
         fitted = self._fitted()
-        mode, test, train = self._pairs(x_test, y_test, x, y, mode)
-        with random_state_kept():
-            return fitted.scores(test, train, mode)
+        mode, test, train = checked_pairs(fitted, x_test, y_test, x, y, mode)
+        with self._solving() as log:
+            return fitted.scores(test, train, mode, log)
 
     def self_influences(self, x: Any, y: Any) -> Float[Tensor, " n"]:
         """``∇ℓ(z)ᵀ (C + λI)⁻¹ ∇ℓ(z)`` of every point: its influence on its own loss, ``(n,)``.
@@ -197,9 +253,25 @@ class TorchInfluenceFunctionModel:
     def self_influences_by_block(self, x: Any, y: Any) -> dict[str, Tensor]:
         """Each block's part of :meth:`self_influences`; they add up to it."""
         fitted = self._fitted()
-        batch = self._checked((x, y), "points")
-        with random_state_kept():
-            return fitted.self_scores(batch)
+        batch = checked_points(fitted, x, y, "points")
+        with self._solving() as log:
+            return fitted.self_scores(batch, log)
+
+    def residuals(self, x: Any, y: Any) -> Float[Tensor, " n"]:
+        """Largest ``‖g − (C + λI) x̂‖ / ‖g‖`` of any block for every point's gradient ``g`` and factor ``x̂``.
+
+        Measured against the curvature itself, at the cost of one product with it, whatever the solver: how
+        far an approximation such as EK-FAC, Nyström or Arnoldi is from the inverse that it stands for.
+
+        Raises:
+            NotFittedError: Before ``fit``.
+            InvalidInputError: What does not fit, with the remedy.
+        """
+        fitted = self._fitted()
+        batch = checked_points(fitted, x, y, "points")
+        with self._solving() as log:
+            by_block = fitted.residuals(batch, log)
+        return torch.stack(list(by_block.values())).amax(0)
 
     def explore_hessian_regularization(
         self,
@@ -237,9 +309,9 @@ class TorchInfluenceFunctionModel:
             raise InvalidInputError("regularization_values is empty: pass at least one λ.")
         for value in regularization_values:
             check_regularization(value, "regularization_values")
-        mode, test, train = self._pairs(x, y, x_train, y_train, mode)
-        with random_state_kept():
-            return fitted.sweep(test, train, mode, list(dict.fromkeys(regularization_values)))
+        mode, test, train = checked_pairs(fitted, x, y, x_train, y_train, mode)
+        with self._solving() as log:
+            return fitted.sweep(test, train, mode, list(dict.fromkeys(regularization_values)), log)
 
     def influence_factors(self, x: Any, y: Any) -> Float[Tensor, "n P"]:
         """``(C + λI)⁻¹ ∇ℓ(z)`` of every point, one row each, in the order of the flat vector.
@@ -253,9 +325,9 @@ class TorchInfluenceFunctionModel:
     def influence_factors_by_block(self, x: Any, y: Any) -> dict[str, Tensor]:
         """Each block's columns ``(n, P_block)`` of :meth:`influence_factors`."""
         fitted = self._fitted()
-        batch = self._checked((x, y), "points")
-        with random_state_kept():
-            return fitted.factors(batch)
+        batch = checked_points(fitted, x, y, "points")
+        with self._solving() as log:
+            return fitted.factors(batch, log)
 
     def influences_from_factors(
         self,
@@ -278,8 +350,8 @@ class TorchInfluenceFunctionModel:
         mode = InfluenceMode.parse(mode)
         fitted = self._fitted()
         size = fitted.problem.parameters.numel
-        self._check_factors(z_test_factors, size, "z_test_factors")
-        train = self._checked((x, y), "training points")
+        check_factors(fitted, z_test_factors, size, "z_test_factors")
+        train = checked_points(fitted, x, y, "training points")
         with random_state_kept():
             return fitted.contract_whole(z_test_factors, train, mode)
 
@@ -299,8 +371,8 @@ class TorchInfluenceFunctionModel:
                 f"Expected a mapping with factors for the blocks {list(fitted.blocks)}, got {got}."
             )
         for name, block in fitted.blocks.items():
-            self._check_factors(z_test_factors[name], block.operator.shape[0], f"z_test_factors[{name!r}]")
-        train = self._checked((x, y), "training points")
+            check_factors(fitted, z_test_factors[name], block.operator.shape[0], f"z_test_factors[{name!r}]")
+        train = checked_points(fitted, x, y, "training points")
         with random_state_kept():
             return fitted.contract(z_test_factors, train, mode)
 
@@ -309,33 +381,16 @@ class TorchInfluenceFunctionModel:
             raise NotFittedError("This influence model is not fitted: call model.fit(train_loader) first.")
         return self._fit
 
-    def _pairs(
-        self, x_test: Any, y_test: Any, x: Any, y: Any, mode: InfluenceMode | str
-    ) -> tuple[InfluenceMode, Batch, Batch]:
-        """The mode, test and training points, checked."""
-        mode = InfluenceMode.parse(mode)
-        test = self._checked((x_test, y_test), "test data")
-        if (x is None) != (y is None):
-            given, missing = ("x", "y") if y is None else ("y", "x")
-            raise InvalidInputError(
-                f"Got {given} without {missing}: pass both, or neither to score the test points on each other."
-            )
-        train = test if x is None else self._checked((x, y), "training points")
-        if mode is InfluenceMode.Perturbation:
-            check_differentiable(train)
-        return mode, test, train
-
-    def _checked(self, batch: Batch, what: str) -> Batch:
-        for name, part in zip("xy", batch, strict=True):
-            if part is None:
-                raise InvalidInputError(f"{name} of the {what} is missing: pass both x and y.")
-        problem = self._fitted().problem
-        check_model(problem.model)
-        check_unchanged(problem.model, self._fitted().state)
-        check_leaves(batch, problem.parameters, what)
-        for piece in split(batch, problem.objective.size(batch), problem.max_batch):
-            problem.validated(piece, what)
-        return detached(batch)
+    @contextmanager
+    def _solving(self) -> Iterator[SolveLog]:
+        """Collect what is solved within, keep the random state, and act on what failed."""
+        log = SolveLog()
+        try:
+            with random_state_kept():
+                yield log
+        finally:
+            self._report = log.report()
+        act_on_failures(self._report, self.on_failure)
 
     def _total(self, by_block: Mapping[str, Tensor]) -> Tensor:
         parts = iter(by_block.values())
@@ -343,18 +398,3 @@ class TorchInfluenceFunctionModel:
         for part in parts:
             total = total + part
         return total
-
-    def _check_factors(self, factors: Any, size: int, name: str) -> None:
-        parameters = self._fitted().problem.parameters
-        if not isinstance(factors, Tensor) or factors.ndim != 2 or factors.shape[1] != size:
-            got = tuple(factors.shape) if isinstance(factors, Tensor) else type(factors).__name__
-            raise InvalidInputError(
-                f"{name} must be (m, {size}), the rows that influence_factors returns; got {got}."
-            )
-        if factors.dtype != parameters.dtype or factors.device != parameters.device:
-            raise InvalidInputError(
-                f"{name} is {factors.dtype} on {factors.device}, the model {parameters.dtype} on "
-                f"{parameters.device}: convert with .to(...)."
-            )
-        if not torch.isfinite(factors).all():
-            raise InvalidInputError(f"{name} contains NaN or infinity.")

@@ -6,9 +6,10 @@ import warnings
 from abc import abstractmethod
 from collections import Counter
 from dataclasses import replace
+from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from influence_framework.errors import ConvergenceWarning
@@ -48,6 +49,11 @@ class Inverse(Operator):
         """Reasons to stop that are not worth a warning to this solver's user."""
         return frozenset()
 
+    @property
+    def spectrum(self) -> tuple[float, float] | None:
+        """Smallest and largest curvature that a fixed approximation is made of."""
+        return None
+
     @abstractmethod
     def _solve(self, columns: Float[Tensor, "P k"]) -> Solution:
         """Solve for ``(P, k)`` columns, ``k ≥ 1``."""
@@ -82,6 +88,7 @@ def make_solution(
     residual: Float[Tensor, " k"],
     reason: list[StopReason],
     iterations: list[int] | None = None,
+    curvature: Float[Tensor, "k 2"] | None = None,
 ) -> Solution:
     """A :class:`Solution` whose ``converged`` follows from the reasons."""
     succeeded = (StopReason.CONVERGED, StopReason.APPROXIMATION)
@@ -91,7 +98,23 @@ def make_solution(
         iterations=torch.tensor(iterations or [0] * len(reason), dtype=torch.int64, device="cpu"),
         residual=residual.detach().to("cpu", torch.float64),
         reason=tuple(reason),
+        curvature=None if curvature is None else curvature.detach().to("cpu", torch.float64),
     )
+
+
+def approximation(value: Float[Tensor, "P k"], spectrum: tuple[float, float] | None = None) -> Solution:
+    """The :class:`Solution` of an inverse that is one fixed matrix: its residuals are not measured.
+
+    Args:
+        value: The columns that it gives.
+        spectrum: Smallest and largest curvature that the matrix was made of.
+    """
+    count = value.shape[1]
+    unmeasured = torch.full((count,), float("nan"), dtype=torch.float64, device="cpu")
+    curvature = None
+    if spectrum is not None:
+        curvature = torch.tensor(spectrum, dtype=torch.float64, device="cpu").expand(count, 2)
+    return make_solution(value, unmeasured, [StopReason.APPROXIMATION] * count, curvature=curvature)
 
 
 def relative_residuals(
@@ -107,8 +130,22 @@ def relative_residuals(
     return torch.where(norms == 0, 0.0, norms / scale)
 
 
+@runtime_checkable
+class Outcomes(Protocol):
+    """What is known of some right-hand sides: a :class:`Solution`, or several of them joined."""
+
+    @property
+    def converged(self) -> Bool[Tensor, " k"]: ...
+
+    @property
+    def residual(self) -> Float[Tensor, " k"]: ...
+
+    @property
+    def reason(self) -> tuple[StopReason, ...]: ...
+
+
 def describe_failures(
-    solution: Solution, quiet: frozenset[StopReason] = frozenset(), *, listed: int = 8
+    solution: Outcomes, quiet: frozenset[StopReason] = frozenset(), *, listed: int = 8
 ) -> str | None:
     """One line on the right-hand sides that failed, or ``None`` where there is nothing to say."""
     failed = [

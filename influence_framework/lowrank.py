@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from influence_framework.errors import InvalidInputError, NonFiniteError, SingularOperatorError
-from influence_framework.inverses import Inverse, make_solution
-from influence_framework.protocols import LinearOperator, Solution, StopReason
+from influence_framework.inverses import Inverse, approximation
+from influence_framework.protocols import LinearOperator, Solution
 
 NEAR = 1e-3
 """A λ this near, relative to a negative eigenvalue, cancels it: 1/(θ + λ) is then mostly error."""
@@ -81,6 +81,10 @@ class LowRankInverse(Inverse):
         largest = self.values.abs().max() if len(self.values) else 0.0
         return self.values.abs() <= torch.finfo(self.dtype).eps * largest
 
+    @property
+    def spectrum(self) -> tuple[float, float] | None:
+        return (self.values.min().item(), self.values.max().item()) if len(self.values) else None
+
     def _filters(self) -> tuple[Float[Tensor, " r"], float]:
         """What is applied on the span, and what outside of it."""
         shifted = torch.where(self._null(), 0.0, self.values) + self.regularization
@@ -100,9 +104,7 @@ class LowRankInverse(Inverse):
         return torch.addmm(rest, self.vectors, inside[:, None] * (along + again), beta=outside)
 
     def _solve(self, columns: Float[Tensor, "P k"]) -> Solution:
-        count = columns.shape[1]
-        unmeasured = torch.full((count,), float("nan"), dtype=torch.float64, device="cpu")
-        return make_solution(self._matmat(columns), unmeasured, [StopReason.APPROXIMATION] * count)
+        return approximation(self._matmat(columns), self.spectrum)
 
     def with_regularization(self, regularization: float) -> Self:
         """Another λ over the same eigenpairs."""

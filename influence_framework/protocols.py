@@ -169,6 +169,8 @@ class Solution:
         residual: ``(k,)`` float64; the true relative residual ``‖b − (C + λI)x‖ / ‖b‖``, computed from
             the returned value and not by a recursion (0 where b = 0); NaN where it was not measured.
         reason: ``k`` stop reasons.
+        curvature: ``(k, 2)`` float64; the smallest and the largest curvature ``vᵀCv / vᵀv`` that the solver saw
+            while it worked on each column, NaN where it saw none; ``None`` where it does not tell.
     """
 
     value: Float[Tensor, "P *k"]
@@ -176,11 +178,15 @@ class Solution:
     iterations: Int[Tensor, " k"]
     residual: Float[Tensor, " k"]
     reason: tuple[StopReason, ...]
+    curvature: Float[Tensor, "k 2"] | None = None
 
 
 @runtime_checkable
 class InverseOperator(LinearOperator, Protocol):
-    """``≈ (C + λI)⁻¹``, as an operator and with a report for every right-hand side."""
+    """``≈ (C + λI)⁻¹``, as an operator and with a report for every right-hand side.
+
+    Optional attribute: ``quiet``, a set of :class:`StopReason` that are no cause for a warning.
+    """
 
     def solve(self, columns: Float[Tensor, "P *k"]) -> Solution: ...
 
@@ -202,6 +208,15 @@ class Sweepable(Protocol):
 
 
 @runtime_checkable
+class WarmStart(Protocol):
+    """Capability of an inverse: solve from a first guess for every right-hand side."""
+
+    def solve_from(self, columns: Float[Tensor, "P k"], start: Float[Tensor, "P k"]) -> Solution:
+        """The solution for ``columns``; a ``start`` that is worse than zero does no harm."""
+        ...
+
+
+@runtime_checkable
 class Preconditioning(Protocol):
     """Capability of an inverse: another form of it, which is the better preconditioner."""
 
@@ -218,7 +233,9 @@ class Solver(Protocol):
     - ``requires``: capability protocols the operator must offer, checked before ``fit`` is called;
     - ``fixed``: ``True`` where the inverse is one fixed symmetric positive definite matrix, so that
       the solver can serve as a preconditioner;
-    - ``default_source``: name of the curvature source this method is made for.
+    - ``default_source``: name of the curvature source this method is made for;
+    - ``refines``: ``True`` where its inverse offers :class:`WarmStart`, so that it can refine the
+      solutions of another solver. An option ``preconditioner`` gets that solver's inverse, if it is ``fixed``.
     """
 
     def fit(self, operator: LinearOperator, regularization: float) -> InverseOperator: ...

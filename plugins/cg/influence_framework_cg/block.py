@@ -38,10 +38,13 @@ def _until_half_are_done(systems: Systems, block: Int[Tensor, " m"]) -> Int[Tens
         systems.iterations[block[live]] += 1
         systems.passes += 1
         gram = (directions @ product.T).double()
-        factor, failed = torch.linalg.cholesky_ex((gram + gram.T) / 2)
+        gram = (gram + gram.T) / 2
         if not torch.isfinite(gram).all():
             systems.end(block[live], StopReason.NOT_FINITE)
             return block[:0]
+        spectrum = torch.linalg.eigvalsh(gram)
+        systems.see(block[live], spectrum[0].expand(int(live.sum())), spectrum[-1].expand(int(live.sum())))
+        factor, failed = torch.linalg.cholesky_ex(gram)
         if failed.item():
             # Some direction of the shared space has non-positive curvature: each system by itself tells
             # whose it is, and the others are solved.

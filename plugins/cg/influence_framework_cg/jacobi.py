@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence_framework.errors import InvalidInputError, NonFiniteError
-from influence_framework.inverses import Inverse, make_solution
-from influence_framework.protocols import Diagonal, LinearOperator, Solution, StopReason
+from influence_framework.inverses import Inverse, approximation
+from influence_framework.protocols import Diagonal, LinearOperator, Solution
 
 PROBES_A_PRODUCT = 32
 
@@ -95,9 +95,7 @@ class JacobiInverse(Inverse):
         return columns / (self.magnitude + self.regularization)[:, None]
 
     def _solve(self, columns: Float[Tensor, "P k"]) -> Solution:
-        count = columns.shape[1]
-        unmeasured = torch.full((count,), float("nan"), dtype=torch.float64, device="cpu")
-        return make_solution(self._matmat(columns), unmeasured, [StopReason.APPROXIMATION] * count)
+        return approximation(self._matmat(columns))
 
     def with_regularization(self, regularization: float) -> JacobiInverse:
         """Another λ over the same diagonal."""

@@ -39,6 +39,8 @@ class Systems:
         passes: Iterations made, whatever the system.
         best: Of each system, the iterate of the least true residual that was measured.
         least: Norms of those residuals.
+        extremes: Smallest and largest ``vᵀ(C + λI)v / vᵀv`` along each one's search directions, ``(k, 2)``
+            float64; NaN before the first.
     """
 
     apply: Apply
@@ -57,6 +59,7 @@ class Systems:
         self._checkpoint = row_norms(self.residual)
         self.best = self.value.clone()
         self.least = self._checkpoint.clone()
+        self.extremes = self.rhs.new_full((len(self.rhs), 2), float("nan"), dtype=torch.float64)
 
     def end(self, which: Int[Tensor, " m"], reason: StopReason) -> None:
         """Stop working on these systems."""
@@ -72,6 +75,12 @@ class Systems:
         self.end(active[reached], StopReason.CONVERGED)
         self.end(active[spent & ~reached & ~broken], StopReason.ITERATION_LIMIT)
         return ~(broken | reached | spent)
+
+    def see(self, active: Int[Tensor, " m"], low: Float[Tensor, " m"], high: Float[Tensor, " m"]) -> None:
+        """Note the curvatures along the present search directions."""
+        seen = self.extremes[active]
+        self.extremes[active, 0] = torch.fmin(seen[:, 0], low.double())
+        self.extremes[active, 1] = torch.fmax(seen[:, 1], high.double())
 
     def keep_best(self, active: Int[Tensor, " m"], norms: Float[Tensor, " m"]) -> None:
         """Note the iterates whose true residual, of these ``norms``, is the least so far."""
@@ -142,6 +151,8 @@ def conjugate_gradients(systems: Systems, active: Int[Tensor, " m"]) -> None:
     while len(active):
         product = systems.apply(direction)
         curvature = inner(direction, product)
+        quotient = curvature / inner(direction, direction)
+        systems.see(active, quotient, quotient)
         systems.iterations[active] += 1
         systems.passes += 1
         # ~(c > 0) also catches NaN, which settle() would only see a step later.

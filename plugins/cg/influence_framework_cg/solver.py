@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -53,6 +53,8 @@ class CgSolver:
         progress: Show a bar that counts the systems solved.
         warn_on_max_iteration: Warn of systems that reached the iteration limit.
     """
+
+    refines: ClassVar[bool] = True
 
     rtol: float = 1e-7
     atol: float = 1e-7
@@ -196,7 +198,30 @@ class CgInverse(Inverse):
             remaining = self._run(systems, norms)
         relative = torch.where(norms == 0, 0.0, remaining.double() / norms.double())
         reasons = [reason or StopReason.CONVERGED for reason in systems.reason]
-        return make_solution((systems.value * unit).T, relative, reasons, systems.iterations.tolist())
+        curvature = systems.extremes - self.regularization
+        return make_solution(
+            (systems.value * unit).T, relative, reasons, systems.iterations.tolist(), curvature
+        )
+
+    def solve_from(self, columns: Float[Tensor, "P k"], start: Float[Tensor, "P k"]) -> Solution:
+        """Solve from a guess for each column, or from zero where the guess has the larger residual.
+
+        Raises:
+            InvalidInputError: Wrong shape, dtype or device.
+        """
+        check_columns(self, columns)
+        check_columns(self, start)
+        if columns.ndim != 2 or start.shape != columns.shape:
+            raise InvalidInputError(
+                f"solve_from takes columns and a start of one shape (P, k), got {tuple(columns.shape)} and "
+                f"{tuple(start.shape)}."
+            )
+        if not columns.numel():
+            return self.solve(columns)
+        rhs, unit = scaled_rows(columns)
+        solution = self._solve_from(rhs, unit, start.T / unit, torch.zeros(len(rhs), dtype=torch.int64))
+        self.report(solution)
+        return solution
 
     def _tolerance(self, norms: Float[Tensor, " k"], unit: Float[Tensor, "k 1"]) -> Float[Tensor, " k"]:
         floor = ATTAINABLE * torch.finfo(norms.dtype).eps

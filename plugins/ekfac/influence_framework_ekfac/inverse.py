@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from influence_framework.inverses import Inverse, make_solution
+from influence_framework.inverses import Inverse, approximation
 from influence_framework.layers import LayerBatch
-from influence_framework.protocols import LinearOperator, Solution, StopReason
+from influence_framework.protocols import LinearOperator, Solution
 from influence_framework_ekfac.filters import Filter, make_filter
 from influence_framework_ekfac.scores import Gradients, Sides, join_sides, own_scores, pair_scores, side_of
 from influence_framework_ekfac.statistics import Eigenbasis
@@ -77,6 +77,11 @@ class EkfacInverse(Inverse):
         """Whether all parameters are in layers, so that scores need no per-sample gradient."""
         return len(self.rest[0]) == 0
 
+    @property
+    def spectrum(self) -> tuple[float, float] | None:
+        parts = [part for part in (*self.eigenvalues().values(), self.rest[1]) if part.numel()]
+        return (min(p.min().item() for p in parts), max(p.max().item() for p in parts)) if parts else None
+
     def eigenvalues(self) -> Mapping[str, Float[Tensor, "g o e"]]:
         """``Λ`` of every layer."""
         return {name: layer.basis.values for name, layer in self.layers.items()}
@@ -96,9 +101,7 @@ class EkfacInverse(Inverse):
         return result.T
 
     def _solve(self, columns: Float[Tensor, "P k"]) -> Solution:
-        count = columns.shape[1]
-        unmeasured = torch.full((count,), float("nan"), dtype=torch.float64, device="cpu")
-        return make_solution(self._matmat(columns), unmeasured, [StopReason.APPROXIMATION] * count)
+        return approximation(self._matmat(columns), self.spectrum)
 
     def with_regularization(self, regularization: float) -> Self:
         """Another λ in the same bases."""

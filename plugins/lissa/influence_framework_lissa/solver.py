@@ -195,7 +195,12 @@ class LissaInverse(Inverse):
         remaining = row_norms(torch.add(systems.residual, systems.value, alpha=dampened))
         relative = torch.where(norms == 0, 0.0, remaining.double() / norms.double())
         reasons = [reason or StopReason.CONVERGED for reason in systems.reason]
-        return make_solution((systems.value * unit).T, relative, reasons, systems.iterations.tolist())
+        # The recursion looks at curvature only where something goes wrong.
+        seen = torch.tensor(systems.extremes, dtype=torch.float64, device="cpu")
+        curvature = torch.where(seen.isfinite(), seen, torch.nan).expand(len(rhs), 2)
+        return make_solution(
+            (systems.value * unit).T, relative, reasons, systems.iterations.tolist(), curvature
+        )
 
     def _systems(
         self, rhs: Rows, norms: Float[Tensor, " k"], value: Rows, notify: Callable[[int], object]

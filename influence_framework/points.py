@@ -1,0 +1,70 @@
+"""What a call is asked for, points and factors, checked against the fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from influence_framework.checks import check_differentiable, check_leaves, check_model, check_unchanged
+from influence_framework.data import Batch, detached, split
+from influence_framework.errors import InvalidInputError
+from influence_framework.fitted import Fitted
+from influence_framework.protocols import InfluenceMode
+
+
+def checked_points(fitted: Fitted, x: Any, y: Any, what: str) -> Batch:
+    """The points ``(x, y)``: finite, of the model's dtype and device, and the model as it was at the fit.
+
+    Raises:
+        InvalidInputError: What does not fit, with the remedy.
+    """
+    for name, part in (("x", x), ("y", y)):
+        if part is None:
+            raise InvalidInputError(f"{name} of the {what} is missing: pass both x and y.")
+    batch = (x, y)
+    problem = fitted.problem
+    check_model(problem.model)
+    check_unchanged(problem.model, fitted.state)
+    check_leaves(batch, problem.parameters, what)
+    for piece in split(batch, problem.objective.size(batch), problem.max_batch):
+        problem.validated(piece, what)
+    return detached(batch)
+
+
+def checked_pairs(
+    fitted: Fitted, x_test: Any, y_test: Any, x: Any, y: Any, mode: InfluenceMode | str
+) -> tuple[InfluenceMode, Batch, Batch]:
+    """The mode, test and training points; where no training points are given, both are one object.
+
+    Raises:
+        InvalidInputError: What does not fit, with the remedy.
+    """
+    mode = InfluenceMode.parse(mode)
+    test = checked_points(fitted, x_test, y_test, "test data")
+    if (x is None) != (y is None):
+        given, missing = ("x", "y") if y is None else ("y", "x")
+        raise InvalidInputError(
+            f"Got {given} without {missing}: pass both, or neither to score the test points on each other."
+        )
+    train = test if x is None else checked_points(fitted, x, y, "training points")
+    if mode is InfluenceMode.Perturbation:
+        check_differentiable(train)
+    return mode, test, train
+
+
+def check_factors(fitted: Fitted, factors: Any, size: int, name: str) -> None:
+    """Raise :class:`InvalidInputError` unless ``factors`` are finite, ``size`` wide and like the model."""
+    parameters = fitted.problem.parameters
+    if not isinstance(factors, torch.Tensor) or factors.ndim != 2 or factors.shape[1] != size:
+        got = tuple(factors.shape) if isinstance(factors, torch.Tensor) else type(factors).__name__
+        raise InvalidInputError(
+            f"{name} must be (m, {size}), the rows that influence_factors returns; got {got}."
+        )
+    if factors.dtype != parameters.dtype or factors.device != parameters.device:
+        raise InvalidInputError(
+            f"{name} is {factors.dtype} on {factors.device}, the model {parameters.dtype} on "
+            f"{parameters.device}: convert with .to(...)."
+        )
+    if not torch.isfinite(factors).all():
+        raise InvalidInputError(f"{name} contains NaN or infinity.")
