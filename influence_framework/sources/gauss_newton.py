@@ -22,9 +22,6 @@ from influence_framework.protocols import LinearOperator
 from influence_framework.sources.layered import LayerCurvature, jacobians
 from influence_framework.sources.streaming import Linearization, Samples, StreamingOperator
 
-CONVEX = ("categorical", "bernoulli", "gaussian")
-"""Families whose Hessian in the outputs is positive semidefinite wherever the outputs are."""
-
 
 class SandwichLinearization(Linearization):
     """``v ↦ Jᵀ H (J v)`` with ``J`` the Jacobian of a batch-wise function of the parameters."""
@@ -117,17 +114,14 @@ class GaussNewtonOperator(OuterProductOperator):
 
     @property
     def positive_semidefinite(self) -> bool:
-        """Whether the loss is one that is known to be convex in the outputs, recognised from one batch."""
+        """Whether the loss is one that is known to be convex in the outputs, recognised from a few samples."""
         problem = self.problem
-        batch, _ = next(iter(problem.batches()))
         with torch.no_grad():
-            outputs = problem.outputs({}, batch)
+            outputs = problem.outputs({}, problem.example)
         try:
-            curvature = OutputCurvature.of(problem.objective, outputs, batch)
+            return OutputCurvature.of(problem.objective, outputs, problem.example).convex
         except InvalidInputError:
             return False
-        # A single number fits any family.
-        return outputs.numel() > 1 and curvature.family in CONVEX
 
     def diagonal(self) -> Float[Tensor, " P"]:
         """``1/N Σ_i Σ_cd H_i[c, d] J_i[c]∘J_i[d]``, from per-sample Jacobians within the budget."""
