@@ -14,13 +14,13 @@ from influence_framework.data import Batch
 from influence_framework.derivatives import PushForward, gradients_of, pull_back
 from influence_framework.errors import InvalidInputError
 from influence_framework.gradients import sample_chunks, sample_jacobians
-from influence_framework.layers import Tape, fisher_rows
+from influence_framework.layers import Samples, Tape, fisher_rows
 from influence_framework.output_curvature import OutputCurvature
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
 from influence_framework.protocols import LinearOperator
 from influence_framework.sources.layered import LayerCurvature, jacobians
-from influence_framework.sources.streaming import Linearization, Samples, StreamingOperator
+from influence_framework.sources.streaming import Linearization, StreamingOperator
 
 
 class SandwichLinearization(Linearization):
