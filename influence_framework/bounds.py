@@ -13,7 +13,6 @@ from torch import Tensor
 from influence_framework.data import Batch
 from influence_framework.errors import InvalidInputError
 from influence_framework.fitted import SOLVE_COPIES, Fitted, FittedBlock
-from influence_framework.regularization import mean_eigenvalue
 from influence_framework.solving import SolveLog
 
 ROUNDING = 16.0
@@ -85,7 +84,7 @@ def bounded_scores(fitted: Fitted, test: Batch, train: Batch, log: SolveLog) -> 
     for block in fitted.blocks.values():
         _check_bounded(block)
     largest = {
-        name: mean_eigenvalue(block.operator) * block.operator.shape[0] + block.regularization
+        name: fitted.scales[name].mean_eigenvalue * block.operator.shape[0] + block.regularization
         for name, block in fitted.blocks.items()
     }
     rows = []

@@ -39,7 +39,7 @@ from influence_framework.protocols import (
     Solver,
     Sweepable,
 )
-from influence_framework.regularization import Strength, absolute
+from influence_framework.regularization import BlockScale, Strength
 from influence_framework.solving import SolveLog
 
 SOLVE_COPIES = 12
@@ -146,11 +146,13 @@ class Fitted:
         problem: Model, objective and data.
         blocks: By name, in the order of the parameters.
         state: The model's parameters and buffers as they were, to notice that it was trained on.
+        scales: The size of each block's curvature, for λ relative to it.
     """
 
     problem: Problem
     blocks: dict[str, FittedBlock]
     state: dict[str, Tensor]
+    scales: dict[str, BlockScale]
 
     @classmethod
     def fit(
@@ -167,7 +169,8 @@ class Fitted:
         places = {name: problem.parameters.indices_of(part) for name, part in parts.items()}
         for operator in operators.values():
             require_capabilities(type(solver).__name__, operator, getattr(solver, "requires", ()))
-        strengths = {name: absolute(regularization[name], op, name) for name, op in operators.items()}
+        scales = {name: BlockScale(name, operator) for name, operator in operators.items()}
+        strengths = {name: scale.absolute(regularization[name]) for name, scale in scales.items()}
         if isinstance(solver, JointSolver):
             inverses = solver.fit_jointly(operators, strengths)
         else:
@@ -176,7 +179,7 @@ class Fitted:
             name: FittedBlock.of(name, places[name], operator, solver, inverses[name], strengths[name])
             for name, operator in operators.items()
         }
-        return cls(problem, fitted, model_state(problem.model))
+        return cls(problem, fitted, model_state(problem.model), scales)
 
     def with_regularization(self, regularization: Mapping[str, Strength]) -> Self:
         """The same at another λ per block."""
@@ -186,9 +189,7 @@ class Fitted:
         return replace(self, blocks=blocks)
 
     def _absolute(self, regularization: Mapping[str, Strength]) -> dict[str, float]:
-        return {
-            name: absolute(regularization[name], block.operator, name) for name, block in self.blocks.items()
-        }
+        return {name: scale.absolute(regularization[name]) for name, scale in self.scales.items()}
 
     def size(self, batch: Batch) -> int:
         """Samples in ``batch``."""

@@ -144,6 +144,24 @@ class Outcomes(Protocol):
     def reason(self) -> tuple[StopReason, ...]: ...
 
 
+def scaled_rows(columns: Float[Tensor, "P k"]) -> tuple[Float[Tensor, "k P"], Float[Tensor, "k 1"]]:
+    """Columns as rows whose largest entries lie in ``[1, 2)``, and the powers of two that they were divided by.
+
+    Squares of tiny entries would be zero, and those of huge ones infinite; dividing by a power of two is
+    exact. A column of zeros, or with NaN or infinity, is divided by 1.
+    """
+    largest = columns.abs().amax(dim=0)[:, None]
+    unit = largest / (2 * torch.frexp(largest).mantissa)
+    unit = torch.where(torch.isfinite(unit), unit, 1.0)
+    return (columns.T / unit).contiguous(), unit
+
+
+def row_norms(rows: Float[Tensor, "k P"]) -> Float[Tensor, " k"]:
+    """Euclidean norm of each row."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norms
+
+
 def describe_failures(
     solution: Outcomes, quiet: frozenset[StopReason] = frozenset(), *, listed: int = 8
 ) -> str | None:

@@ -24,6 +24,10 @@ class Objective(Protocol):
 
     The training loss is ``1/N Σ_i ℓ_i`` over all samples; ``mean_loss`` is that mean over one batch and
     must equal the mean of ``sample_losses``.
+
+    Optional attribute: ``convex``, ``True`` where each ``ℓ_i`` is a convex function of the outputs wherever
+    they are, which makes the Gauss-Newton matrix positive semidefinite. Left out, the loss is recognised by
+    its second derivatives where that is possible.
     """
 
     def size(self, batch: Batch) -> int:
@@ -63,11 +67,13 @@ class SupervisedObjective:
         reduction: How ``loss`` combines samples; ``None`` as long as the data has not told.
         vectorize: Whether the samples' own losses are computed by ``torch.func.vmap``, or one by one
             because the loss does not allow it.
+        hard: Whether the targets seen so far are labels and not numbers.
     """
 
     loss: Loss
     reduction: Literal["mean", "sum"] | None = None
     vectorize: bool = True
+    hard: bool = True
 
     def __post_init__(self) -> None:
         if not callable(self.loss):
@@ -83,6 +89,15 @@ class SupervisedObjective:
                 f"{type(self.loss).__name__}(reduction='none') returns one value per element; influence "
                 "needs a scalar loss: use reduction='mean' or reduction='sum'."
             )
+
+    @property
+    def convex(self) -> bool:
+        """Whether the loss is one of PyTorch's that are convex in the outputs by their formula."""
+        if type(self.loss) is nn.CrossEntropyLoss:
+            # Soft labels may be anything, negative too; the smoothing of hard ones is within [0, 1].
+            weight = self.loss.weight
+            return self.hard and (weight is None or bool((weight >= 0).all()))
+        return type(self.loss) in (*ELEMENTWISE_LOSSES, nn.SoftMarginLoss)
 
     def size(self, batch: Batch) -> int:
         x, y = _pair(batch)
@@ -167,6 +182,7 @@ class SupervisedObjective:
             except RuntimeError:  # control flow on values, .item(): not for vmap
                 objective = replace(self, vectorize=False)
                 each = objective._alone(outputs, target)
+        objective = replace(objective, hard=objective.hard and not target.is_floating_point())
         return objective._recognise(whole, each, outputs, target)
 
     def _probe(self, outputs: Tensor, target: Tensor) -> Tensor:

@@ -81,6 +81,12 @@ class OutputCurvature(ABC):
             raise InvalidInputError(f"The number of samples must be at least 1, got {samples}.")
         return (self._random(samples, generator) / math.sqrt(samples)).to(self.dtype)
 
+    @property
+    def convex(self) -> bool:
+        """Whether its form alone proves the loss convex in the outputs, here and wherever else they are."""
+        # A single number fits any family.
+        return self.family in ("bernoulli", "gaussian") and self.outputs.numel() > 1
+
     @abstractmethod
     def _root(self, vectors: Float[Tensor, "s n *shape"]) -> Float[Tensor, "s n *shape"]:
         """``L_n z`` for stacked ``z``."""
@@ -173,6 +179,11 @@ class Categorical(OutputCurvature):
         if not products.agree(products.found, weights * unweighted(probes), noise):
             return None
         return cls("categorical", products.dtype, products.outputs, p, weights, axis)
+
+    @property
+    def convex(self) -> bool:
+        # With two classes any curvature that is zero on constants has this form with some w.
+        return self.probabilities.shape[self.axis] > 2
 
     def _root(self, vectors: Tensor) -> Tensor:
         scaled = self.probabilities.sqrt() * vectors

@@ -53,7 +53,7 @@ class Problem:
         parameters: All trainable parameters.
         data: Batches, re-iterable: held in memory where they fit the budget, else the caller's loader.
         cached: Whether ``data`` is held in memory.
-        example: The first one or two samples, for trials.
+        example: The first samples, up to ``TRIAL`` of them, for trials.
         size: ``N``, the number of samples of one pass.
         batch_size: Samples in the first batch of the caller's loader.
         sample_bytes: Bytes that autograd keeps of one sample's forward pass.
@@ -159,7 +159,7 @@ class Problem:
         size = self.objective.size(batch)
         tried = replace(
             self,
-            example=map_leaves(torch.clone, take(batch, slice(0, 2))),
+            example=map_leaves(torch.clone, batch),
             sample_bytes=self._activation_bytes(batch) // size + 1,
             sample_flops=self._forward_flops(batch) // size,
         )
@@ -245,8 +245,8 @@ class Problem:
     def _has_second_derivatives(self) -> bool:
         leaves = list((named := self.parameters.leaves(self.model)).values())
         with torch.enable_grad(), random_state_kept():
-            outputs = self.outputs(named, self.example)
-            losses = self.objective.sample_losses(outputs, self.example)
+            outputs = self.outputs(named, pair := take(self.example, slice(0, 2)))
+            losses = self.objective.sample_losses(outputs, pair)
         return has_second_derivatives(outputs, losses, leaves)
 
     def require_second_derivatives(self) -> None:
@@ -262,7 +262,7 @@ class Problem:
     def outputs_of_a_sample(self) -> int:
         """How many numbers the model returns for a sample."""
         with torch.no_grad():
-            return self.outputs({}, self.example)[0].numel()
+            return self.outputs({}, take(self.example, slice(0, 1))).numel()
 
     @property
     def max_batch(self) -> int:

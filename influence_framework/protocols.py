@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,7 +21,7 @@ from torch import Tensor
 from influence_framework.errors import InvalidInputError, did_you_mean
 
 if TYPE_CHECKING:
-    from influence_framework.layers import Cover, Layer, LayerBatch
+    from influence_framework.layers import Cover, Layer, LayerBatch, Samples
     from influence_framework.parameters import ParameterSpace
     from influence_framework.problem import Problem
 
@@ -96,7 +96,7 @@ class LayerStatistics(Protocol):
         ...
 
     def layer_batches(
-        self, layers: Sequence[Layer], samples: int | Literal["exact"], generator: torch.Generator
+        self, layers: Sequence[Layer], samples: Samples, generator: torch.Generator
     ) -> Iterator[tuple[Mapping[Layer, LayerBatch], int]]:
         """One pass over the data, batch by batch with sample counts; layers the model skips are absent.
 

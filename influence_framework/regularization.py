@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -86,21 +87,38 @@ def per_block(regularization: Regularization, blocks: Iterable[str]) -> dict[str
     return {name: regularization[name] for name in blocks}
 
 
-def absolute(strength: Strength, operator: LinearOperator, block: str) -> float:
-    """λ of one block in the units of its curvature.
+@dataclass(frozen=True, eq=False)
+class BlockScale:
+    """The size of one block's curvature, measured when a fraction of it is first asked for and then kept.
 
-    Raises:
-        InvalidInputError: A fraction of a mean eigenvalue that is not positive.
+    Attributes:
+        block: The block's name.
+        operator: Its curvature.
     """
-    if not isinstance(strength, RelativeRegularization):
-        return float(strength)
-    mean = mean_eigenvalue(operator)
-    if mean < 0:
-        raise InvalidInputError(
-            f"The mean eigenvalue of block {block!r} is {mean:.3g}: its curvature is mostly negative, and no "
-            "fraction of that is a regularisation. Give λ as a number, or use the source 'gauss_newton'."
-        )
-    return strength.fraction * mean
+
+    block: str
+    operator: LinearOperator
+
+    @cached_property
+    def mean_eigenvalue(self) -> float:
+        """``tr(C)/P``."""
+        return mean_eigenvalue(self.operator)
+
+    def absolute(self, strength: Strength) -> float:
+        """λ in the units of the curvature.
+
+        Raises:
+            InvalidInputError: A fraction of a mean eigenvalue that is negative.
+        """
+        if not isinstance(strength, RelativeRegularization):
+            return float(strength)
+        if (mean := self.mean_eigenvalue) < 0:
+            raise InvalidInputError(
+                f"The mean eigenvalue of block {self.block!r} is {mean:.3g}: its curvature is mostly "
+                "negative, and no fraction of that is a regularisation. Give λ as a number, or use the "
+                "source 'gauss_newton'."
+            )
+        return strength.fraction * mean
 
 
 def mean_eigenvalue(operator: LinearOperator) -> float:

@@ -174,6 +174,14 @@ def test_a_difference_of_two_outputs_is_no_rare_label() -> None:
         assert_close(gram(rows), torch.tensor([[2.0, -2.0], [-2.0, 2.0]]).expand(3, 2, 2), 1e-10)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_what_proves_a_loss_convex(name: str) -> None:
+    """With two classes, any curvature that is zero on constants has the form of a softmax."""
+    family, *case = CASES[name]
+    proof = family in ("categorical", "bernoulli", "gaussian") and not name.startswith("two classes")
+    assert curvature(*case).convex is proof
+
+
 @pytest.mark.parametrize("name", ["module", "sequence", "two classes", "BCE", "squared error", "coupled"])
 def test_draws_depend_on_the_generator_alone(name: str) -> None:
     torch.manual_seed(0)

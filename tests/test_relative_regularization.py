@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -71,6 +72,37 @@ def test_every_block_gets_a_fraction_of_its_own(solver: Any, structure: str) -> 
         assert scores.keys() == expected.keys()
         for block in expected:
             assert_close(scores[block], expected[block], 1e-8, block)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("blocks", ["full", "per_layer"])
+def test_the_mean_eigenvalue_is_measured_once_for_a_fit(
+    blocks: str, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small.model(source=source, blocks=blocks, memory_budget=2**14)
+    passes: list[int] = []
+    original = inf.Problem.batches
+
+    def counted(problem: inf.Problem) -> Iterator[tuple[Any, int]]:
+        passes.append(1)
+        return original(problem)
+
+    fitted = model.with_regularization(3.0).fit(small.batches())
+    monkeypatch.setattr(inf.Problem, "batches", counted)
+
+    def passes_of(action: Callable[[], object]) -> int:
+        before = len(passes)
+        action()
+        return len(passes) - before
+
+    points = small.points()
+    tried = [inf.RelativeRegularization(fraction) for fraction in (10.0, 20.0, 30.0)]
+    number = passes_of(lambda: fitted.explore_hessian_regularization(*points, [1.0, 2.0]))
+    measured = passes_of(lambda: fitted.with_regularization(tried[0]))
+    assert measured >= len(fitted.inverses)
+    assert passes_of(lambda: fitted.with_regularization(tried[1])) == 0
+    assert passes_of(lambda: fitted.with_regularization(0.5).with_regularization(tried[2])) == 0
+    assert passes_of(lambda: fitted.explore_hessian_regularization(*points, tried)) == number
 
 
 def test_curvature_that_is_mostly_negative_has_no_fraction() -> None:

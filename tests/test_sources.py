@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor, nn
 
-from influence_framework import Diagonal, LinearOperator, hessian_sources
+from influence_framework import Diagonal, LinearOperator, Problem, hessian_sources
 from influence_framework.operators import to_dense
 from tests import cases, reference
 from tests.cases import CASES
@@ -143,6 +146,54 @@ def test_pitfall_hessian_of_a_net_is_indefinite_and_gauss_newton_is_not() -> Non
     assert lowest < -1e-2 * largest
     lowest, *_, largest = torch.linalg.eigvalsh(to_dense(cases.operator("gauss_newton", problem)))
     assert lowest > -1e-12 * largest
+
+
+@pytest.mark.parametrize(
+    ("loss", "claim"),
+    [
+        (lambda output, target: output.diff(dim=1).square().log1p().mean(), False),
+        (lambda output, target: (output - target).square().mean(), True),
+    ],
+    ids=["saturating difference", "squared error"],
+)
+def test_a_loss_that_fits_two_classes_by_accident_is_not_called_convex(
+    loss: Callable[[Tensor, Tensor], Tensor], claim: bool
+) -> None:
+    """``log(1 + d²)`` is convex for ``|d| < 1`` alone, where these outputs are, and zero on constants."""
+    model = nn.Linear(3, 2, bias=False).double().eval()
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[0.1, 0.0, 0.2], [0.0, -0.1, 0.1]]))
+    x = torch.eye(3, dtype=torch.float64)
+    operator = cases.operator("gauss_newton", Problem.build(model, loss, [(x, torch.ones_like(x[:, :2]))]))
+    assert getattr(operator, "positive_semidefinite", None) is claim
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets", "claim"),
+    [
+        (nn.CrossEntropyLoss(), torch.tensor([0, 1, 1]), True),
+        (nn.CrossEntropyLoss(label_smoothing=0.3), torch.tensor([0, 1, 1]), True),
+        (
+            nn.CrossEntropyLoss(torch.tensor([0.5, 2.0]).double(), reduction="sum"),
+            torch.tensor([0, 1, 1]),
+            True,
+        ),
+        (
+            nn.CrossEntropyLoss(torch.tensor([0.5, -2.0]).double(), reduction="sum"),
+            torch.tensor([0, 1, 1]),
+            False,
+        ),
+        (nn.CrossEntropyLoss(), torch.tensor([[2.0, -3.0], [1.0, 0.0], [0.5, 0.5]]).double(), False),
+        (nn.HuberLoss(), torch.ones(3, 2).double(), True),
+    ],
+    ids=["labels", "smoothing", "weights", "a negative weight", "numbers for labels", "huber"],
+)
+def test_losses_known_to_be_convex_are_taken_at_their_word(
+    loss: nn.Module, targets: Tensor, claim: bool
+) -> None:
+    model = nn.Linear(3, 2).double().eval()
+    problem = Problem.build(model, loss, [(torch.eye(3, dtype=torch.float64), targets)])
+    assert getattr(cases.operator("gauss_newton", problem), "positive_semidefinite", None) is claim
 
 
 def test_pitfall_sum_is_scaled_to_the_mean(source: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -253,3 +254,18 @@ def test_minibatches_are_decided_by_their_generator() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
     assert not torch.equal(once[0], first_three(6)[0])
+
+
+def test_definiteness_is_asked_of_samples_in_hand_and_begins_no_pass() -> None:
+    instance = cases.make("ragged_last_batch")
+    begun: list[int] = []
+
+    class Data(list[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            begun.append(1)
+            return super().__iter__()
+
+    problem = Problem.build(instance.model, instance.loss, Data(instance.data), memory_budget=TINY)
+    operator, before = cases.operator("gauss_newton", problem), len(begun)
+    assert getattr(operator, "positive_semidefinite", None) is True
+    assert len(begun) == before

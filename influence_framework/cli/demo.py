@@ -181,7 +181,7 @@ def run(settings: Settings, *, progress: bool = False, registry: Registry = defa
         model = compose(net, nn.CrossEntropyLoss(), **composition, registry=registry)
         model.fit([(data.x, data.y)])
         scores = influences_on_test(model, data, progress=progress)
-        own = influences_on_themselves(model, data, progress=progress)
+        own = model.self_influences(data.x, data.y)
     if not (torch.isfinite(scores).all() and torch.isfinite(own).all()):
         raise NonFiniteError(
             f"The solver {settings.solver!r} returned NaN or infinity at λ = {settings.strength:g}: raise it "
@@ -279,17 +279,6 @@ def influences_on_test(
             for chunk in _bar(chunks, "Influences", "chunk", progress)
         ]
     )
-
-
-def influences_on_themselves(
-    model: TorchInfluenceFunctionModel, data: Digits, *, progress: bool = False
-) -> Float[Tensor, " n"]:
-    """Influence of each training image on its own loss, some images' factors at a time."""
-    own = []
-    for chunk in _bar(torch.arange(len(data.y)).split(CHUNK), "Self-influences", "chunk", progress):
-        x, y = data.x[chunk], data.y[chunk]
-        own.append(model.influences_from_factors(model.influence_factors(x, y), x, y).diagonal())
-    return torch.cat(own)
 
 
 def loss_without(order: Int[Tensor, " n"], data: Digits, settings: Settings) -> float:

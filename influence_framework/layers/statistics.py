@@ -21,6 +21,9 @@ from influence_framework.problem import Problem
 Rows = Callable[[Tensor, Batch], Tensor]
 """From a batch's outputs ``(n, …)`` to ``s`` cotangents of them, ``(s, n, …)``."""
 
+Samples = int | Literal["exact"]
+"""How many cotangents are drawn for each sample; or all that the curvature in the outputs takes."""
+
 
 @dataclass(frozen=True, eq=False)
 class LayerBatch:
@@ -93,7 +96,7 @@ def true_gradients(problem: Problem) -> Rows:
     return rows
 
 
-def fisher_rows(problem: Problem, samples: int | Literal["exact"], generator: torch.Generator) -> Rows:
+def fisher_rows(problem: Problem, samples: Samples, generator: torch.Generator) -> Rows:
     """Pseudo-gradients of the outputs, whose second moment is the Hessian of the loss in the outputs.
 
     With them the second moment of parameter gradients is the Gauss-Newton matrix, which is the Fisher
@@ -194,7 +197,7 @@ def samples_at_once(problem: Problem, draws: int = 1) -> int:
 
 
 def layer_batches(
-    problem: Problem, layers: Sequence[Layer], rows: Rows, samples: int | Literal["exact"]
+    problem: Problem, layers: Sequence[Layer], rows: Rows, samples: Samples
 ) -> Iterator[tuple[Mapping[Layer, LayerBatch], int]]:
     """One pass over the training data: every batch's layers, with its sample count."""
     draws = problem.outputs_of_a_sample() if samples == "exact" else samples

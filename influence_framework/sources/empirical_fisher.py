@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -12,7 +12,7 @@ from torch import Tensor
 from influence_framework.data import Batch
 from influence_framework.derivatives import gradients_of
 from influence_framework.gradients import sample_chunks, sample_gradients
-from influence_framework.layers import Rows, Tape, true_gradients
+from influence_framework.layers import Rows, Samples, Tape, true_gradients
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
 from influence_framework.protocols import LinearOperator
@@ -42,7 +42,7 @@ def fisher_at_layers(problem: Problem, tape: Tape, batch: Batch) -> LayerCurvatu
     return sandwich_at_layers(tape, [gradient[:, None, :] for gradient in gradients], one)
 
 
-def _labelled(problem: Problem, samples: int | Literal["exact"], generator: torch.Generator) -> Rows:
+def _labelled(problem: Problem, samples: Samples, generator: torch.Generator) -> Rows:
     """The gradients of the true labels: nothing is drawn."""
     return true_gradients(problem)
 

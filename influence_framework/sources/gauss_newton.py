@@ -14,16 +14,13 @@ from influence_framework.data import Batch
 from influence_framework.derivatives import PushForward, gradients_of, pull_back
 from influence_framework.errors import InvalidInputError
 from influence_framework.gradients import sample_chunks, sample_jacobians
-from influence_framework.layers import Tape, fisher_rows
+from influence_framework.layers import Samples, Tape, fisher_rows
 from influence_framework.output_curvature import OutputCurvature
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
 from influence_framework.protocols import LinearOperator
 from influence_framework.sources.layered import LayerCurvature, jacobians
-from influence_framework.sources.streaming import Linearization, Samples, StreamingOperator
-
-CONVEX = ("categorical", "bernoulli", "gaussian")
-"""Families whose Hessian in the outputs is positive semidefinite wherever the outputs are."""
+from influence_framework.sources.streaming import Linearization, StreamingOperator
 
 
 class SandwichLinearization(Linearization):
@@ -117,17 +114,16 @@ class GaussNewtonOperator(OuterProductOperator):
 
     @property
     def positive_semidefinite(self) -> bool:
-        """Whether the loss is one that is known to be convex in the outputs, recognised from one batch."""
+        """Whether the loss is known to be convex in the outputs, or recognised as such from a few samples."""
         problem = self.problem
-        batch, _ = next(iter(problem.batches()))
+        if getattr(problem.objective, "convex", False):
+            return True
         with torch.no_grad():
-            outputs = problem.outputs({}, batch)
+            outputs = problem.outputs({}, problem.example)
         try:
-            curvature = OutputCurvature.of(problem.objective, outputs, batch)
+            return OutputCurvature.of(problem.objective, outputs, problem.example).convex
         except InvalidInputError:
             return False
-        # A single number fits any family.
-        return outputs.numel() > 1 and curvature.family in CONVEX
 
     def diagonal(self) -> Float[Tensor, " P"]:
         """``1/N Σ_i Σ_cd H_i[c, d] J_i[c]∘J_i[d]``, from per-sample Jacobians within the budget."""

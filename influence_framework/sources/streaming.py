@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,14 +14,13 @@ from torch import Tensor
 from influence_framework.data import Batch
 from influence_framework.derivatives import rows_at_once
 from influence_framework.errors import NonFiniteError
-from influence_framework.layers import Cover, Layer, LayerBatch, Rows, cover, layer_batches
+from influence_framework.layers import Cover, Layer, LayerBatch, Rows, Samples, cover, layer_batches
 from influence_framework.operators import Operator, dense_by_columns
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
 from influence_framework.protocols import LinearOperator
 from influence_framework.sources.layered import Curvature, layered_dense
 
-Samples = int | Literal["exact"]
 Draws = Callable[[Problem, Samples, torch.Generator], Rows]
 """From the number of samples and a generator to what draws cotangents of outputs."""
 

@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from influence_framework.inverses import row_norms
 from influence_framework.protocols import StopReason
-from influence_framework_cg.recurrence import REPLACE_EVERY, Rows, Systems, conjugate_gradients, row_norms
+from influence_framework_cg.recurrence import REPLACE_EVERY, Rows, Systems, conjugate_gradients
 
 
 def block_conjugate_gradients(systems: Systems, active: Int[Tensor, " m"]) -> None:

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from influence_framework.errors import InvalidInputError
+from influence_framework.inverses import row_norms
 from influence_framework.protocols import StopReason
 
 Rows = Float[Tensor, "k P"]
@@ -110,24 +111,6 @@ class Systems:
         self.end(active[lost], StopReason.STAGNATED)
         drifted = drift > 0.1 * norms
         return torch.where(drifted[:, None], true, recursive), drifted, ~lost
-
-
-def scaled_rows(columns: Float[Tensor, "P k"]) -> tuple[Rows, Float[Tensor, "k 1"]]:
-    """Columns as rows whose largest entries lie in ``[1, 2)``, and the powers of two that they were divided by.
-
-    Squares of tiny entries would be zero, and those of huge ones infinite; dividing by a power of two is
-    exact. A column of zeros, or with NaN or infinity, is divided by 1.
-    """
-    largest = columns.abs().amax(dim=0)[:, None]
-    unit = largest / (2 * torch.frexp(largest).mantissa)
-    unit = torch.where(torch.isfinite(unit), unit, 1.0)
-    return (columns.T / unit).contiguous(), unit
-
-
-def row_norms(rows: Rows) -> Float[Tensor, " k"]:
-    """Euclidean norm of each row."""
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
-    return norms
 
 
 def inner(a: Rows, b: Rows) -> Float[Tensor, " k"]:

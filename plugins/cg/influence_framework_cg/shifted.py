@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from influence_framework_cg.recurrence import Apply, Notify, Rows, inner, row_norms
+from influence_framework.inverses import row_norms
+from influence_framework_cg.recurrence import Apply, Notify, Rows, inner
 
 
 def shifted_conjugate_gradients(

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from influence_framework.errors import InvalidInputError
-from influence_framework.inverses import Inverse, make_solution
+from influence_framework.inverses import Inverse, make_solution, row_norms, scaled_rows
 from influence_framework.operators import check_columns, require_capabilities
 from influence_framework.protocols import (
     InverseOperator,
@@ -25,7 +25,7 @@ from influence_framework.protocols import (
     StopReason,
 )
 from influence_framework_cg.block import block_conjugate_gradients
-from influence_framework_cg.recurrence import Rows, Systems, conjugate_gradients, row_norms, scaled_rows
+from influence_framework_cg.recurrence import Rows, Systems, conjugate_gradients
 from influence_framework_cg.shifted import shifted_conjugate_gradients
 
 ATTAINABLE = 10.0

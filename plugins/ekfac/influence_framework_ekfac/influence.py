@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from influence_framework.compose import Spec, resolve_source
 from influence_framework.influence import TorchInfluenceFunctionModel
+from influence_framework.layers import Samples
 from influence_framework.objective import Loss, Objective
 from influence_framework.problem import DEFAULT_MEMORY_BUDGET
 from influence_framework.protocols import HessianSource, InfluenceMode
@@ -52,7 +53,7 @@ class EkfacInfluence(TorchInfluenceFunctionModel):
         source: Spec | HessianSource = "gauss_newton",
         blocks: str | Mapping[str, Sequence[str]] = "per_layer",
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
-        samples: int | Literal["exact"] = 1,
+        samples: Samples = 1,
         weight_sharing: WeightSharing = "expand",
         uncovered: Literal["error", "diagonal", "identity"] = "error",
         score_rtol: float = 1e-4,

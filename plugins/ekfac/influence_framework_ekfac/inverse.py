@@ -14,7 +14,7 @@ from influence_framework.inverses import Inverse, approximation
 from influence_framework.layers import LayerBatch
 from influence_framework.protocols import LinearOperator, Solution
 from influence_framework_ekfac.filters import Filter, make_filter
-from influence_framework_ekfac.scores import Gradients, Sides, join_sides, own_scores, pair_scores, side_of
+from influence_framework_ekfac.scores import Sides, Unrotated, join_sides, own_scores, pair_scores, side_of
 from influence_framework_ekfac.statistics import Eigenbasis
 
 
@@ -121,16 +121,13 @@ class EkfacInverse(Inverse):
         names = dict.fromkeys(name for one in sides for name in one.layers)
         joined = {}
         for name in names:
-            present = [one.layers.get(name) for one in sides]
-            if None in present:
-                # A batch whose forward pass skipped the layer has zero gradients there.
-                shape = self.layers[name].basis.values.shape
-                like = self.layers[name].basis.outputs
-                present = [
-                    Gradients(like.new_zeros(one.size, *shape)) if side is None else side
-                    for side, one in zip(present, sides, strict=True)
-                ]
-            joined[name] = join_sides([side for side in present if side is not None])
+            basis = self.layers[name].basis
+            # A batch whose forward pass skipped the layer has zero gradients there.
+            present = [
+                one.layers.get(name) or Unrotated(basis.outputs.new_zeros(one.size, *basis.values.shape), basis)
+                for one in sides
+            ]
+            joined[name] = join_sides(present, basis)
         return Sides(joined, size)
 
     def scores(self, test: Sides, train: Sides) -> Float[Tensor, "m n"]:

@@ -91,35 +91,6 @@ class Sorted:
 
 
 @dataclass(frozen=True, eq=False)
-class Gradients:
-    """Samples of one side whose rotated gradients are smaller than their positions.
-
-    Attributes:
-        matrices: ``G``, ``(n, g, o, e)``.
-    """
-
-    matrices: Float[Tensor, "n g o e"]
-
-    @property
-    def size(self) -> int:
-        """``n``."""
-        return self.matrices.shape[0]
-
-    @property
-    def nbytes(self) -> int:
-        """Memory held."""
-        return self.matrices.nbytes
-
-    def part(self, part: slice) -> Gradients:
-        """Some of the samples."""
-        return Gradients(self.matrices[part])
-
-    def gradients(self) -> Float[Tensor, "n g o e"]:
-        """``G`` of every sample."""
-        return self.matrices
-
-
-@dataclass(frozen=True, eq=False)
 class Unrotated:
     """Samples of one side whose gradients are smaller than their positions, in the layer's own coordinates.
 
@@ -141,7 +112,7 @@ class Unrotated:
 
     @property
     def nbytes(self) -> int:
-        """Memory held: half of it once :meth:`weighted` is asked for."""
+        """Memory held: the matrices, and as much again for what :meth:`weighted` will keep of them."""
         return 2 * self.matrices.nbytes
 
     def part(self, part: slice) -> Unrotated:
@@ -162,8 +133,8 @@ class Unrotated:
         return held[1]
 
 
-Side = Positions | Gradients | Unrotated
-AnySide = TypeVar("AnySide", Positions, Gradients, Unrotated, Side)
+Side = Positions | Unrotated
+AnySide = TypeVar("AnySide", Positions, Unrotated, Side)
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,16 +165,16 @@ def side_of(basis: Eigenbasis, batch: LayerBatch) -> Side:
     return Unrotated(basis.widened(batch).gradients()[0], basis)
 
 
-def join_sides(sides: list[Side]) -> Side:
-    """Several batches as one."""
+def join_sides(sides: Sequence[Side], basis: Eigenbasis) -> Side:
+    """Several batches as one: as positions where all have the same number of them, else as gradients."""
     positions = [side for side in sides if isinstance(side, Positions)]
     if len(positions) == len(sides) and len({side.count for side in positions}) == 1:
         inputs = torch.cat([side.inputs for side in positions], dim=0 if positions[0].one_hot else 1)
         return Positions(torch.cat([side.deltas for side in positions], dim=1), inputs, positions[0].columns)
-    unrotated = [side for side in sides if isinstance(side, Unrotated)]
-    if len(unrotated) == len(sides):
-        return Unrotated(torch.cat([side.matrices for side in unrotated]), unrotated[0].basis)
-    return Gradients(torch.cat([side.gradients() for side in sides]))
+    matrices = [
+        side.matrices if isinstance(side, Unrotated) else basis.rotate_back(side.gradients()) for side in sides
+    ]
+    return Unrotated(torch.cat(matrices), basis)
 
 
 def own_scores(side: Side, dense: Float[Tensor, "g o e"], budget: int) -> Float[Tensor, " n"]:

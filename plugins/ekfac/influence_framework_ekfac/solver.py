@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from influence_framework.errors import InvalidInputError, MissingCapabilityError
-from influence_framework.layers import Cover, Layer
+from influence_framework.layers import Cover, Layer, Samples
 from influence_framework.protocols import Diagonal, LayerStatistics, LinearOperator
 from influence_framework_ekfac.inverse import EkfacInverse, EkfacLayer
 from influence_framework_ekfac.statistics import (
@@ -36,7 +36,7 @@ def _is_whole(value: object, least: int) -> bool:
 class KroneckerSolver:
     """What ``ekfac`` and ``kfac`` share: options, and everything but the choice of eigenvalues."""
 
-    samples: int | Literal["exact"] = 1
+    samples: Samples = 1
     weight_sharing: WeightSharing = "expand"
     uncovered: Literal["error", "diagonal", "identity"] = "error"
     score_rtol: float = 1e-4

@@ -231,3 +231,39 @@ def test_the_solvers_have_names() -> None:
     assert registry.solvers["ekfac"].create(samples=2) == EkfacSolver(samples=2)
     assert registry.solvers["kfac"].create(samples="exact") == KfacSolver(samples="exact")
     assert registry.solvers["ekfac"].description.startswith("Eigenvalue-corrected")
+
+
+class Recorded(nn.Module):
+    """Notes the number of samples of each forward pass."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.sizes = inner, list[int]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sizes.append(len(x))
+        logits: Tensor = self.inner(x)
+        return logits
+
+
+@pytest.mark.parametrize(("solver", "passes"), [("ekfac", 2), ("kfac", 1)])
+@pytest.mark.parametrize("blocks", ["full", "per_layer"])
+def test_all_blocks_are_fitted_in_the_passes_of_one(
+    blocks: str, solver: str, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Recorded(nets.mlp(3, 5, 4, 3).double().eval()).eval()
+    x = torch.linspace(-1, 1, 27, dtype=torch.float64).view(9, 3)
+    begun: list[int] = []
+    original = inf.Problem.batches
+
+    def counted(problem: inf.Problem) -> Any:
+        begun.append(len(model.sizes))
+        return original(problem)
+
+    monkeypatch.setattr(inf.Problem, "batches", counted)
+    composed = inf.compose(model, nn.CrossEntropyLoss(), solver=solver, blocks=blocks)
+    fitted = composed.fit([(x, torch.arange(9) % 3)])
+    assert len(fitted.inverses) == (1 if blocks == "full" else 3)
+    assert len(begun) == passes
+    # From the first pass on the model sees the data as often as there are passes, whatever the blocks.
+    assert model.sizes[begun[0] :] == [9] * passes

@@ -10,7 +10,6 @@ import torch
 from influence_framework_ekfac import filters, scores
 from influence_framework_ekfac.filters import Filter, make_filter
 from influence_framework_ekfac.scores import (
-    Gradients,
     Positions,
     Side,
     Unrotated,
@@ -61,6 +60,17 @@ def positions(
 def indexed(size: int, count: int, outputs: int, columns: int, seed: int) -> Positions:
     index = torch.randint(columns, (size, count), generator=torch.Generator().manual_seed(seed))
     return Positions(normal(1, size, count, outputs, seed=seed), index, columns)
+
+
+def basis_of(values: Tensor, dtype: torch.dtype = torch.float64) -> Eigenbasis:
+    """Any bases with these eigenvalues."""
+    groups, *sizes = values.shape
+    outputs, inputs = (torch.linalg.qr(normal(groups, size, size))[0].to(dtype) for size in sizes)
+    return Eigenbasis(outputs, inputs, values)
+
+
+def unrotated(side: Positions, basis: Eigenbasis) -> Unrotated:
+    return Unrotated(basis.rotate_back(side.gradients()), basis)
 
 
 def matrices(side: Positions) -> Tensor:
@@ -147,7 +157,7 @@ def test_self_scores_are_the_diagonal_and_change_nothing(form: str, budget: int)
     if form != "indices":
         side = positions(values, 7, 1 if form == "one position" else 4, seed=1)
     dense, wanted = 1 / (values + 1e-2), expected(side, side, 1 / (values + 1e-2)).diagonal()
-    given: Side = Gradients(side.gradients()) if form == "gradients" else side
+    given: Side = unrotated(side, basis_of(values)) if form == "gradients" else side
     for _ in range(2):
         assert_close(own_scores(given, dense, budget), wanted, 1e-10)
 
@@ -158,28 +168,34 @@ def test_sides_of_different_forms_are_joined() -> None:
     dense = make_filter(1 / (values + 1e-2), 0.0, torch.float64)
     every = torch.cat([matrices(short), matrices(long)])
     wanted = (every * dense.dense).flatten(1) @ every.flatten(1).T
-    cases: list[list[Side]] = [[short, long], [short, Gradients(long.gradients())]]
+    basis = basis_of(values)
+    cases: list[list[Side]] = [
+        [short, long],
+        [short, unrotated(long, basis)],
+        [unrotated(short, basis), unrotated(long, basis)],
+    ]
     for sides in cases:
-        joined = join_sides(sides)
-        assert isinstance(joined, Gradients)
+        joined = join_sides(sides, basis)
+        assert isinstance(joined, Unrotated)
         assert_close(pair_scores(joined, joined, dense, BUDGET), wanted, 1e-10)
-    assert isinstance(join_sides([short, short]), Positions)
+        assert_close(pair_scores(joined, short, dense, BUDGET), wanted[:, : short.size], 1e-10)
+    assert isinstance(join_sides([short, short], basis), Positions)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradients_that_are_not_rotated_give_the_same(dtype: torch.dtype) -> None:
     values = spectrum(2, 9, 6)
-    outputs, inputs = (torch.linalg.qr(normal(2, size, size))[0] for size in (9, 6))
-    basis = Eigenbasis(outputs.to(dtype), inputs.to(dtype), values)
+    exact, basis = basis_of(values), basis_of(values, dtype)
     left, right = (positions(values, n, 3, seed=n, fitted=True) for n in (3, 4))
-    test, train = (Unrotated((outputs @ matrices(side) @ inputs.mT).to(dtype), basis) for side in (left, right))
+    test, train = (Unrotated(unrotated(side, exact).matrices.to(dtype), basis) for side in (left, right))
     # One after the other, and again: what is kept belongs to one filter.
     for strength in (*STRENGTHS, *STRENGTHS[::-1]):
         dense = 1 / (values + strength)
         found = pair_scores(test, train, make_filter(dense, 0.0, dtype), BUDGET).double()
         error = (found - expected(left, right, dense)).abs() / bound(left, right, dense)
         assert error.max() <= (1e-10 if dtype is torch.float64 else 1e-4)
-        mixed = pair_scores(Gradients(test.gradients()), train, make_filter(dense, 0.0, dtype), BUDGET)
+        rotated = positions(values, 3, 3, seed=3, fitted=True, dtype=dtype)
+        mixed = pair_scores(rotated, train, make_filter(dense, 0.0, dtype), BUDGET)
         assert ((mixed.double() - found).abs() / bound(left, right, dense)).max() <= 1e-4
 
 

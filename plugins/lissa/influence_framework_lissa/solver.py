@@ -19,9 +19,9 @@ from influence_framework.errors import (
     InvalidInputError,
     MissingCapabilityError,
 )
-from influence_framework.inverses import Inverse, make_solution
+from influence_framework.inverses import Inverse, make_solution, row_norms, scaled_rows
 from influence_framework.protocols import LinearOperator, Minibatches, Solution, StopReason
-from influence_framework_lissa.recursion import Rows, Systems, averaged, plain, row_norms, scaled_rows
+from influence_framework_lissa.recursion import Rows, Systems, averaged, plain
 from influence_framework_lissa.spectrum import typical_largest
 
 ATTAINABLE = 10.0
