@@ -168,6 +168,10 @@ class TestChoosing:
     def test_every_block_structure_is_explained(self) -> None:
         assert self.table("blocks") == {"full", "per_layer", "per_parameter"}
 
+
+class TestTrust:
+    text = (ROOT / "docs" / "trust.md").read_text()
+
     @pytest.mark.parametrize("name", public(errors.InfluenceError) + public(Warning))
     def test_every_error_and_warning_is_explained(self, name: str) -> None:
         assert name in inf.__all__
