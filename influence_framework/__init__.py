@@ -12,6 +12,7 @@ A positive score means that up-weighting the training point lowers the test loss
 training points changes the test loss by about +score/n.
 """
 
+from influence_framework.attribution import Executor, Output, Scored, attribute
 from influence_framework.bounds import BoundedScores
 from influence_framework.bridges import from_scipy, to_scipy
 from influence_framework.compose import compose
@@ -78,6 +79,7 @@ __all__ = [
     "Dense",
     "DenseOperator",
     "Diagonal",
+    "Executor",
     "HessianSource",
     "IndefiniteOperatorWarning",
     "InfluenceError",
@@ -97,6 +99,7 @@ __all__ = [
     "NotFittedError",
     "Objective",
     "Operator",
+    "Output",
     "ParameterSpace",
     "PluginConflictError",
     "PluginError",
@@ -106,6 +109,7 @@ __all__ = [
     "Registry",
     "RelativeRegularization",
     "Reregularizable",
+    "Scored",
     "SingularOperatorError",
     "Solution",
     "SolveReport",
@@ -119,6 +123,7 @@ __all__ = [
     "UnknownOptionError",
     "UnsupportedLayerError",
     "WarmStart",
+    "attribute",
     "compose",
     "default_registry",
     "from_scipy",

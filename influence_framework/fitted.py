@@ -207,7 +207,7 @@ class Fitted:
         """Scores by block, solving for the smaller side where both will do."""
         if mode is InfluenceMode.Up and self.size(train) < self.size(test):
             return {name: part.T for name, part in self.scores(train, test, mode, log).items()}
-        if mode is InfluenceMode.Up and (scorer := self._layer_scorer()) is not None:
+        if mode is InfluenceMode.Up and (scorer := self.layer_scorer()) is not None:
             with _scored(self.blocks.values(), self.size(test), log):
                 (scores,) = scorer.scores(test, train)
             return scores
@@ -227,7 +227,7 @@ class Fitted:
         each = [self._absolute(dict.fromkeys(self.blocks, value)) for value in values]
         strengths = {name: [at[name] for at in each] for name in self.blocks}
         at = {name: block.at_each(strengths[name]) for name, block in self.blocks.items()}
-        if mode is InfluenceMode.Up and (scorer := self._layer_scorer()) is not None:
+        if mode is InfluenceMode.Up and (scorer := self.layer_scorer()) is not None:
             inverses = [{name: at[name][i].inverse for name in at} for i in range(len(values))]
             with _scored([block for each in at.values() for block in each], self.size(test), log):
                 return dict(zip(values, scorer.scores(test, train, inverses), strict=True))
@@ -258,7 +258,7 @@ class Fitted:
 
     def self_scores(self, batch: Batch, log: SolveLog) -> dict[str, Float[Tensor, " n"]]:
         """``∇ℓᵀ (C + λI)⁻¹ ∇ℓ`` of every sample with itself, by block; never of pairs."""
-        if (scorer := self._layer_scorer()) is not None:
+        if (scorer := self.layer_scorer()) is not None:
             with _scored(self.blocks.values(), self.size(batch), log):
                 return scorer.self_scores(batch)
         parts = [
@@ -270,7 +270,8 @@ class Fitted:
         ]
         return {name: torch.cat([part[name] for part in parts]) for name in self.blocks}
 
-    def _layer_scorer(self) -> LayerScorer | None:
+    def layer_scorer(self) -> LayerScorer | None:
+        """What scores without per-sample gradients, where every block can."""
         operators = {name: block.operator for name, block in self.blocks.items()}
         inverses = {name: block.inverse for name, block in self.blocks.items()}
         return LayerScorer(self.problem, operators, inverses) if suits(operators, inverses) else None

@@ -104,7 +104,7 @@ class TorchInfluenceFunctionModel:
     @property
     def inverses(self) -> Mapping[str, InverseOperator]:
         """The inverse fitted for each block, by name, with whatever its solver lets one see of it."""
-        return {name: block.inverse for name, block in self._fitted().blocks.items()}
+        return {name: block.inverse for name, block in self.fitted.blocks.items()}
 
     @property
     def report(self) -> SolveReport:
@@ -214,13 +214,13 @@ class TorchInfluenceFunctionModel:
         """
         if not return_bounds:
             return self._total(self.influences_by_block(x_test, y_test, x, y, mode))
-        fitted = self._fitted()
+        fitted = self.fitted
         mode, test, train = checked_pairs(fitted, x_test, y_test, x, y, mode)
         if mode is not InfluenceMode.Up:
             raise InvalidInputError(
                 "return_bounds=True bounds scores of mode 'up'; leave it out in the other mode."
             )
-        with self._solving() as log:
+        with self.solving() as log:
             return bounded_scores(fitted, test, train, log)
 
     def influences_by_block(
@@ -232,9 +232,9 @@ class TorchInfluenceFunctionModel:
         mode: InfluenceMode | str = InfluenceMode.Up,
     ) -> dict[str, Tensor]:
         """Each block's part of :meth:`influences`; they add up to it."""
-        fitted = self._fitted()
+        fitted = self.fitted
         mode, test, train = checked_pairs(fitted, x_test, y_test, x, y, mode)
-        with self._solving() as log:
+        with self.solving() as log:
             return fitted.scores(test, train, mode, log)
 
     def self_influences(self, x: Any, y: Any) -> Float[Tensor, " n"]:
@@ -252,9 +252,9 @@ class TorchInfluenceFunctionModel:
 
     def self_influences_by_block(self, x: Any, y: Any) -> dict[str, Tensor]:
         """Each block's part of :meth:`self_influences`; they add up to it."""
-        fitted = self._fitted()
+        fitted = self.fitted
         batch = checked_points(fitted, x, y, "points")
-        with self._solving() as log:
+        with self.solving() as log:
             return fitted.self_scores(batch, log)
 
     def residuals(self, x: Any, y: Any) -> Float[Tensor, " n"]:
@@ -267,9 +267,9 @@ class TorchInfluenceFunctionModel:
             NotFittedError: Before ``fit``.
             InvalidInputError: What does not fit, with the remedy.
         """
-        fitted = self._fitted()
+        fitted = self.fitted
         batch = checked_points(fitted, x, y, "points")
-        with self._solving() as log:
+        with self.solving() as log:
             by_block = fitted.residuals(batch, log)
         return torch.stack(list(by_block.values())).amax(0)
 
@@ -302,7 +302,7 @@ class TorchInfluenceFunctionModel:
             NotFittedError: Before ``fit``.
             InvalidInputError: What does not fit, with the remedy.
         """
-        fitted = self._fitted()
+        fitted = self.fitted
         if isinstance(regularization_values, int | float | RelativeRegularization):
             regularization_values = [regularization_values]
         if not len(regularization_values):
@@ -310,7 +310,7 @@ class TorchInfluenceFunctionModel:
         for value in regularization_values:
             check_regularization(value, "regularization_values")
         mode, test, train = checked_pairs(fitted, x, y, x_train, y_train, mode)
-        with self._solving() as log:
+        with self.solving() as log:
             return fitted.sweep(test, train, mode, list(dict.fromkeys(regularization_values)), log)
 
     def influence_factors(self, x: Any, y: Any) -> Float[Tensor, "n P"]:
@@ -320,13 +320,13 @@ class TorchInfluenceFunctionModel:
             NotFittedError: Before ``fit``.
             InvalidInputError: What does not fit, with the remedy.
         """
-        return self._fitted().assemble(self.influence_factors_by_block(x, y))
+        return self.fitted.assemble(self.influence_factors_by_block(x, y))
 
     def influence_factors_by_block(self, x: Any, y: Any) -> dict[str, Tensor]:
         """Each block's columns ``(n, P_block)`` of :meth:`influence_factors`."""
-        fitted = self._fitted()
+        fitted = self.fitted
         batch = checked_points(fitted, x, y, "points")
-        with self._solving() as log:
+        with self.solving() as log:
             return fitted.factors(batch, log)
 
     def influences_from_factors(
@@ -348,7 +348,7 @@ class TorchInfluenceFunctionModel:
             ``(m, n)`` in mode Up, ``(m, n, *features)`` in mode Perturbation.
         """
         mode = InfluenceMode.parse(mode)
-        fitted = self._fitted()
+        fitted = self.fitted
         size = fitted.problem.parameters.numel
         check_factors(fitted, z_test_factors, size, "z_test_factors")
         train = checked_points(fitted, x, y, "training points")
@@ -364,7 +364,7 @@ class TorchInfluenceFunctionModel:
     ) -> dict[str, Tensor]:
         """Each block's part of :meth:`influences_from_factors`, from factors by block."""
         mode = InfluenceMode.parse(mode)
-        fitted = self._fitted()
+        fitted = self.fitted
         if not isinstance(z_test_factors, Mapping) or set(z_test_factors) != set(fitted.blocks):
             got = sorted(z_test_factors) if isinstance(z_test_factors, Mapping) else type(z_test_factors)
             raise InvalidInputError(
@@ -376,13 +376,19 @@ class TorchInfluenceFunctionModel:
         with random_state_kept():
             return fitted.contract(z_test_factors, train, mode)
 
-    def _fitted(self) -> Fitted:
+    @property
+    def fitted(self) -> Fitted:
+        """Everything that :meth:`fit` left behind.
+
+        Raises:
+            NotFittedError: Before ``fit``.
+        """
         if self._fit is None:
             raise NotFittedError("This influence model is not fitted: call model.fit(train_loader) first.")
         return self._fit
 
     @contextmanager
-    def _solving(self) -> Iterator[SolveLog]:
+    def solving(self) -> Iterator[SolveLog]:
         """Collect what is solved within, keep the random state, and act on what failed."""
         log = SolveLog()
         try:

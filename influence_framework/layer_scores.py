@@ -54,27 +54,39 @@ class LayerScorer:
     ) -> list[dict[str, Float[Tensor, "m n"]]]:
         """``g_mᵀ (C + λI)⁻¹ g_n`` of every pair by block, with the inverses ``at`` each of several λ."""
         chosen = [self.inverses] if at is None else cast("Sequence[Mapping[str, LayerScoring]]", at)
-        rows: list[list[dict[str, Tensor]]] = []
-        for held in self._held(test):
-            pieces = []
-            for batch in self._pieces(train):
-                sides = self._sides(batch)
-                pieces.append(
-                    [{name: i.scores(held[name], sides[name]) for name, i in x.items()} for x in chosen]
-                )
-            rows.append([_joined(parts, 1) for parts in zip(*pieces, strict=True)])
+        rows = [self._with_held(held, train, chosen) for held in self._held(test)]
         return [_joined(parts, 0) for parts in zip(*rows, strict=True)]
+
+    def with_held(self, held: Sides, train: Batch) -> dict[str, Float[Tensor, "m n"]]:
+        """Scores of every sample of ``train`` with those that ``held`` was made of, by block."""
+        (scores,) = self._with_held(held, train, [self.inverses])
+        return scores
+
+    def _with_held(
+        self, held: Sides, train: Batch, chosen: Sequence[Mapping[str, LayerScoring]]
+    ) -> list[dict[str, Tensor]]:
+        pieces = []
+        for _, sides in self.prepared(train):
+            pieces.append([{name: i.scores(held[name], sides[name]) for name, i in x.items()} for x in chosen])
+        return [_joined(parts, 1) for parts in zip(*pieces, strict=True)]
 
     def self_scores(self, batch: Batch) -> dict[str, Float[Tensor, " n"]]:
         """``gᵀ (C + λI)⁻¹ g`` of every sample with itself, by block."""
         parts = []
-        for piece in self._pieces(batch):
-            sides = self._sides(piece)
+        for _, sides in self.prepared(batch):
             parts.append({name: inverse.self_scores(sides[name]) for name, inverse in self.inverses.items()})
         return _joined(parts, 0)
 
-    def _pieces(self, batch: Batch) -> Iterator[Batch]:
-        yield from split(batch, self.problem.objective.size(batch), samples_at_once(self.problem))
+    def prepared(self, batch: Batch) -> Iterator[tuple[int, Sides]]:
+        """The batch in pieces that the memory budget allows: samples of each, and what scores need of them."""
+        for piece in split(batch, self.problem.objective.size(batch), samples_at_once(self.problem)):
+            yield self.problem.objective.size(piece), self._sides(piece)
+
+    def combined(self, found: Sequence[Sides]) -> Sides:
+        """What scores need of several pieces together."""
+        if len(found) == 1:
+            return found[0]
+        return {name: i.join([sides[name] for sides in found]) for name, i in self.inverses.items()}
 
     def _sides(self, batch: Batch) -> dict[str, Any]:
         every = [layer for layers in self.layers.values() for layer in layers]
@@ -89,24 +101,19 @@ class LayerScorer:
         """The samples of one side, as many at a time as half the budget holds."""
         found: list[Sides] = []
         held = 0
-        for piece in self._pieces(batch):
-            sides = self._sides(piece)
-            size = sum(side.nbytes for side in sides.values())
+        for _, sides in self.prepared(batch):
+            size = nbytes(sides)
             if found and held + size > self.problem.memory_budget // 2:
-                yield self._combined(found)
+                yield self.combined(found)
                 found, held = [], 0
             found.append(sides)
             held += size
-        yield self._combined(found)
-
-    def _combined(self, found: Sequence[Sides]) -> Sides:
-        if len(found) == 1:
-            return found[0]
-        return {name: i.join([sides[name] for sides in found]) for name, i in self.inverses.items()}
+        yield self.combined(found)
 
 
-def _pairs(inverses: Mapping[str, LayerScoring], test: Sides, train: Sides) -> dict[str, Tensor]:
-    return {name: inverse.scores(test[name], train[name]) for name, inverse in inverses.items()}
+def nbytes(sides: Sides) -> int:
+    """Memory that ``sides`` hold."""
+    return sum(side.nbytes for side in sides.values())
 
 
 def _joined(parts: Sequence[Mapping[str, Tensor]], dim: int) -> dict[str, Tensor]:

@@ -83,6 +83,12 @@ class SolveLog:
         solution = approximation(nothing, getattr(inverse, "spectrum", None))
         self._add(BlockReport.of(block, regularization, solver, solution, seconds))
 
+    def absorb(self, report: SolveReport) -> None:
+        """Add what was collected elsewhere."""
+        for part in report.blocks:
+            self._add(part)
+        self._hints.update(dict.fromkeys(report.hints))
+
     def report(self) -> SolveReport:
         """All that was collected."""
         return SolveReport(tuple(map(_joined, self._parts.values())), tuple(self._hints))

@@ -1,0 +1,122 @@
+"""What scores need of the test side, worked out once, and the scores of training points with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from influence_framework.attribution.blocks import Block
+from influence_framework.data import Batch, take
+from influence_framework.fitted import Fitted
+from influence_framework.layer_scores import Sides, nbytes
+from influence_framework.points import checked_points
+from influence_framework.protocols import InfluenceMode
+from influence_framework.reports import SolveReport
+from influence_framework.solving import SolveLog
+
+
+class Computed(NamedTuple):
+    """Numbers for the points of a block, and what came of what was solved for them.
+
+    Attributes:
+        values: ``(m, n)``.
+        report: On right-hand sides, where there were any.
+    """
+
+    values: Float[Tensor, "m n"]
+    report: SolveReport
+
+
+Job = Callable[[Block], Computed]
+"""``m`` rows of numbers for the ``n`` points of a block; a function that can be sent to another process."""
+
+
+@dataclass(frozen=True)
+class FactorScores:
+    """Scores with factors ``(C + λI)⁻¹ ∇ℓ(z_test)``, ``(m, P)``."""
+
+    fitted: Fitted
+    factors: Float[Tensor, "m P"]
+
+    def __call__(self, block: Block) -> Computed:
+        found = [
+            self.fitted.contract_whole(self.factors, batch, InfluenceMode.Up)
+            for batch in _checked(self.fitted, block)
+        ]
+        return Computed(torch.cat(found, dim=1), SolveReport())
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """Scores from inputs and output gradients of layers, for inverses that work on these."""
+
+    fitted: Fitted
+    held: Sides
+
+    def __call__(self, block: Block) -> Computed:
+        scorer = self.fitted.layer_scorer()
+        assert scorer is not None
+        found = [_total(scorer.with_held(self.held, batch)) for batch in _checked(self.fitted, block)]
+        return Computed(torch.cat(found, dim=1), SolveReport())
+
+
+@dataclass(frozen=True)
+class SelfScores:
+    """``∇ℓ(z)ᵀ (C + λI)⁻¹ ∇ℓ(z)`` of every training point, as one row."""
+
+    fitted: Fitted
+
+    def __call__(self, block: Block) -> Computed:
+        log = SolveLog()
+        found = [_total(self.fitted.self_scores(batch, log)) for batch in _checked(self.fitted, block)]
+        return Computed(torch.cat(found)[None], log.report())
+
+
+@dataclass(frozen=True)
+class FactorNorms:
+    """``‖(C + λI)⁻¹ ∇ℓ(z)‖`` of every training point, as one row."""
+
+    fitted: Fitted
+
+    def __call__(self, block: Block) -> Computed:
+        log = SolveLog()
+        found = []
+        for batch in _checked(self.fitted, block):
+            factors = self.fitted.factors(batch, log)
+            found.append(_total({name: part.square().sum(1) for name, part in factors.items()}).sqrt())
+        return Computed(torch.cat(found)[None], log.report())
+
+
+def query(fitted: Fitted, block: Block, log: SolveLog) -> Job:
+    """What scores need of a block of test points: each is solved for once, here."""
+    scorer = fitted.layer_scorer()
+    batches = _checked(fitted, block)
+    if scorer is not None:
+        return LayerScores(fitted, scorer.combined([sides for b in batches for _, sides in scorer.prepared(b)]))
+    return FactorScores(fitted, torch.cat([fitted.assemble(fitted.factors(batch, log)) for batch in batches]))
+
+
+def points_at_once(fitted: Fitted) -> int:
+    """Test points whose jobs half of the memory budget holds; at least one."""
+    problem = fitted.problem
+    scorer = fitted.layer_scorer()
+    if scorer is None:
+        element = torch.empty(0, dtype=problem.parameters.dtype).element_size()
+        size = problem.parameters.numel * element
+    else:
+        size = max(nbytes(sides) for _, sides in scorer.prepared(take(problem.example, slice(0, 1))))
+    return max(1, problem.memory_budget // (2 * size))
+
+
+def _total(by_block: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack(list(by_block.values())).sum(0)
+
+
+def _checked(fitted: Fitted, block: Block) -> Iterator[Batch]:
+    for x, y in block.batches:
+        yield checked_points(fitted, x, y, f"points from {block.start} on")

@@ -1,0 +1,225 @@
+"""Scores between two loaders: the test side once, then one pass over the training data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from influence_framework.attribution.blocks import Block, blocks
+from influence_framework.attribution.executors import Executor, SequentialExecutor
+from influence_framework.attribution.fingerprints import Digest, Survey, fingerprint
+from influence_framework.attribution.outputs import (
+    Collector,
+    Matrix,
+    Output,
+    Scored,
+    resolve_output,
+)
+from influence_framework.attribution.queries import (
+    Computed,
+    FactorNorms,
+    Job,
+    SelfScores,
+    points_at_once,
+    query,
+)
+from influence_framework.attribution.store import FORMAT, Store
+from influence_framework.errors import InvalidInputError
+from influence_framework.fitted import Fitted
+from influence_framework.influence import TorchInfluenceFunctionModel
+from influence_framework.reports import SolveReport
+from influence_framework.solving import SolveLog
+
+UNITS = (
+    "∇ℓ(test)ᵀ (C + λI)⁻¹ ∇ℓ(train), C the curvature of the mean training loss: removing a training point "
+    "from n changes the loss of the test point by about +score/n"
+)
+LARGEST = 1024
+"""Training points a block at most: larger ones gain nothing."""
+
+
+def attribute(
+    model: TorchInfluenceFunctionModel,
+    test: Iterable[Any] | None,
+    train: Iterable[Any],
+    *,
+    output: str | Mapping[str, Any] | Output = "matrix",
+    executor: Executor | None = None,
+    store: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> Scored:
+    """Scores in mode Up of every training point with every test point, from loaders, in bounded memory.
+
+    Test points are solved for once, as many at a time as half of the model's ``memory_budget`` holds; for
+    each such group there is one pass over ``train``. Beside the budget, the memory taken is that of the
+    result, or none with a store and the output ``"matrix"``. Before that, both loaders are read once without
+    the model, for identifiers and fingerprints.
+
+    Args:
+        model: Fitted.
+        test: Re-iterable of batches ``(x, y)`` or ``(x, y, identifiers)`` of the test points; ``None`` where
+            the output needs none.
+        train: The same of the training points.
+        output: What to keep: ``"matrix"``, ``"top_k"``, ``"mean"``, ``"self_influence"``, a mapping with
+            ``name`` and options (``{"name": "top_k", "k": 20, "normalize": "l_relatif"}``), or an
+            :class:`Output`.
+        executor: Where blocks are computed; one after the other in this process where left out.
+        store: A folder to write to. A run that was killed goes on there when it is called again.
+        progress: Show a bar that counts scores.
+
+    Returns:
+        The scores with the identifiers of their points.
+
+    Raises:
+        NotFittedError: Before ``fit``.
+        InvalidInputError: What does not fit, with the remedy; a store that holds scores of something else.
+    """
+    fitted = model.fitted
+    chosen = resolve_output(output)
+    if chosen.pairs and test is None:
+        raise InvalidInputError(f"The output {chosen.name!r} is of pairs: pass test points too.")
+    if not chosen.pairs and test is not None:
+        raise InvalidInputError(f"The output {chosen.name!r} is of training points alone: pass test=None.")
+    surveys = {"training points": Survey.of(train, "training points")}
+    if test is not None:
+        surveys["test points"] = Survey.of(test, "test points")
+    run = _Run(model, fitted, chosen, executor or SequentialExecutor(), surveys)
+    with model.solving() as log:
+        return run.into(Store(store, run.manifest()) if store is not None else None, test, train, log, progress)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One call of :func:`attribute`, with all that its parts have in common."""
+
+    model: TorchInfluenceFunctionModel
+    fitted: Fitted
+    output: Output
+    executor: Executor
+    surveys: Mapping[str, Survey]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        test = self.surveys.get("test points")
+        return (1 if test is None else len(test.ids), len(self.surveys["training points"].ids))
+
+    @property
+    def chunks(self) -> tuple[int, int]:
+        """Test and training points of a block: half of the budget for the ones, a quarter for the scores."""
+        rows = min(self.shape[0], points_at_once(self.fitted)) if self.output.pairs else 1
+        room = self.fitted.problem.memory_budget // (4 * 8 * rows)
+        return rows, max(1, min(self.shape[1], LARGEST, room))
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return torch.empty(0, dtype=self.fitted.problem.parameters.dtype).numpy().dtype
+
+    def manifest(self) -> dict[str, Any]:
+        """What the scores are of."""
+        fit = Digest()
+        for batch, _ in self.fitted.problem.batches():
+            fit.update(batch)
+        return {
+            "format": FORMAT,
+            "output": {"name": self.output.name, **asdict(self.output)},
+            "solver": repr(self.model.solver),
+            "source": repr(self.model.source),
+            "blocks": {name: block.regularization for name, block in self.fitted.blocks.items()},
+            "model": fingerprint(self.fitted.state),
+            "fitted to": fit.hexdigest(),
+            **{what: {"count": len(s.ids), "fingerprint": s.digest} for what, s in self.surveys.items()},
+            "chunks": list(self.chunks),
+            "dtype": str(self.dtype),
+            "units": UNITS,
+        }
+
+    def into(
+        self,
+        store: Store | None,
+        test: Iterable[Any] | None,
+        train: Iterable[Any],
+        log: SolveLog,
+        progress: bool,
+    ) -> Scored:
+        """Collect what is not in the store yet."""
+        collector = self._collector(store)
+        done: set[tuple[int, int]] = set()
+        if store is not None:
+            store.resume(collector)
+            done = store.done
+        total = self.shape[0] * self.shape[1]
+        with tqdm(total=total, desc="Scores", unit="score", unit_scale=True, disable=not progress) as bar:
+            for start, stop in self._groups():
+                rows = slice(start, stop)
+                wanted = [c for c in range(0, self.shape[1], self.chunks[1]) if (start, c) not in done]
+                bar.update((stop - start) * (self.shape[1] - self._width(wanted)))
+                if not wanted:
+                    continue
+                job = self._job(test, start, log)
+                for block, computed in self.executor.run(job, self._blocks(train, set(wanted))):
+                    collector.add(rows, block.columns, computed.values.cpu().numpy())
+                    log.absorb(computed.report)
+                    bar.update((stop - start) * len(block))
+                    if store is not None:
+                        store.finished(rows, block.columns, collector)
+        ids = {what: survey.ids for what, survey in self.surveys.items()}
+        scored = Scored(self.output, ids.get("test points", np.arange(0)), ids["training points"], collector)
+        if store is not None:
+            store.conclude(collector, scored.test_ids, scored.train_ids)
+        return scored
+
+    def _collector(self, store: Store | None) -> Collector:
+        if store is not None and isinstance(self.output, Matrix):
+            return store.matrix(self.shape, self.chunks, self.dtype)
+        return self.output.collector(*self.shape, self.dtype)
+
+    def _groups(self) -> Iterator[tuple[int, int]]:
+        for start in range(0, self.shape[0], self.chunks[0]):
+            yield start, min(self.shape[0], start + self.chunks[0])
+
+    def _width(self, starts: list[int]) -> int:
+        return sum(min(self.chunks[1], self.shape[1] - start) for start in starts)
+
+    def _blocks(self, train: Iterable[Any], wanted: set[int]) -> Iterator[Block]:
+        for block in blocks(train, self.chunks[1]):
+            self.surveys["training points"].check(block.start, block.ids, "training points")
+            if block.start in wanted:
+                yield block
+
+    def _job(self, test: Iterable[Any] | None, start: int, log: SolveLog) -> Job:
+        """The job of the test points from ``start`` on."""
+        if test is None:
+            return SelfScores(self.fitted)
+        for block in blocks(test, self.chunks[0]):
+            self.surveys["test points"].check(block.start, block.ids, "test points")
+            if block.start == start:
+                job = query(self.fitted, block, log)
+                return (
+                    job if self.output.normalize is None else Relative(job, self.fitted, self.output.normalize)
+                )
+        raise InvalidInputError(
+            "The loader of the test points yields fewer points than when it was first read."
+        )
+
+
+@dataclass(frozen=True)
+class Relative:
+    """Scores divided by a size of the training point's own; zero where that is zero."""
+
+    job: Job
+    fitted: Fitted
+    normalize: str
+
+    def __call__(self, block: Block) -> Computed:
+        scores, report = self.job(block)
+        own = SelfScores(self.fitted) if self.normalize == "l_relatif" else FactorNorms(self.fitted)
+        sizes, solved = own(block)
+        sizes = sizes.clamp(min=0).sqrt() if self.normalize == "l_relatif" else sizes
+        values = torch.where(sizes > 0, scores / sizes, 0.0)
+        return Computed(values, SolveReport(report.blocks + solved.blocks, report.hints + solved.hints))

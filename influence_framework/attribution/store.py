@@ -1,0 +1,151 @@
+"""A folder that a run writes into, and can go on with after it was killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from influence_framework.attribution.blocks import Identifiers
+from influence_framework.attribution.outputs import Array, Collector, MatrixCollector
+from influence_framework.errors import InvalidInputError
+
+FORMAT = 1
+MANIFEST, STATE, SCORES, TABLE, IDENTIFIERS = "manifest.json", "state.npz", "scores.zarr", "table", "ids.npz"
+SAVE_EVERY = 1.0
+"""Seconds between two saves of the state: what is recomputed at most after a run was killed."""
+
+
+class Store:
+    """Scores on disk, block by block, with all that tells what they are.
+
+    The folder holds ``manifest.json`` (composition, fingerprints, versions, shapes, units), ``ids.npz``, the
+    array ``scores.zarr`` of a full matrix, ``state.npz`` with the blocks that are done and what an output
+    keeps between them, and at the end, for other outputs than the matrix, ``table.npz`` and, where pyarrow is
+    installed, ``table.parquet``.
+
+    Args:
+        path: The folder; made where it does not exist.
+        manifest: What the scores are of. Where the folder has one already, all but the versions must agree.
+
+    Raises:
+        InvalidInputError: The folder holds something else, or scores of something else.
+        ModuleNotFoundError: zarr is not installed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], manifest: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self.manifest = json.loads(json.dumps(manifest))
+        self.done: set[tuple[int, int]] = set()
+        self._saved = 0.0
+        if (self.path / MANIFEST).exists():
+            self._check()
+            return
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise InvalidInputError(
+                f"{self.path} exists and is no store of scores (it has no {MANIFEST}): choose another path."
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._write(MANIFEST, json.dumps(self.manifest | {"versions": versions()}, indent=2).encode())
+
+    def _check(self) -> None:
+        try:
+            found = json.loads((self.path / MANIFEST).read_text())
+        except (OSError, ValueError) as error:
+            raise InvalidInputError(f"{self.path / MANIFEST} cannot be read: {error}.") from error
+        found.pop("versions", None)
+        differences = [
+            f"{key}: {found.get(key)!r} there, {self.manifest.get(key)!r} here"
+            for key in dict.fromkeys([*self.manifest, *found])
+            if found.get(key) != self.manifest.get(key)
+        ]
+        if differences:
+            raise InvalidInputError(
+                f"{self.path} holds scores of something else: {'; '.join(differences)}. Choose another path."
+            )
+
+    def matrix(self, shape: tuple[int, int], chunks: tuple[int, int], dtype: np.dtype[Any]) -> MatrixCollector:
+        """The array of a full matrix, made where it does not exist."""
+        zarr = _zarr()
+        location = self.path / SCORES
+        if location.exists() and (self.path / STATE).exists():
+            return MatrixCollector(zarr.open_array(location, mode="r+"))
+        array = zarr.create_array(location, shape=shape, chunks=chunks, dtype=dtype, overwrite=True)
+        return MatrixCollector(array)
+
+    def resume(self, collector: Collector) -> None:
+        """Go on from where the last run was saved."""
+        location = self.path / STATE
+        if not location.exists():
+            return
+        with np.load(location, allow_pickle=False) as saved:
+            state = {name: saved[name] for name in saved.files}
+        self.done = {(int(row), int(column)) for row, column in state.pop("done")}
+        collector.restore(state)
+
+    def finished(self, rows: slice, columns: slice, collector: Collector) -> None:
+        """Note that a block has been collected; saved from time to time."""
+        self.done.add((rows.start, columns.start))
+        if time.monotonic() - self._saved > SAVE_EVERY:
+            self.save(collector)
+
+    def save(self, collector: Collector) -> None:
+        """Save what is done and what was collected, at once or not at all."""
+        done = np.array(sorted(self.done), dtype=np.int64).reshape(-1, 2)
+        self._write_arrays(STATE, {"done": done, **collector.state()})
+        self._saved = time.monotonic()
+
+    def conclude(self, collector: Collector, test: Identifiers, train: Identifiers) -> None:
+        """Write identifiers and, where the result is no matrix, the table."""
+        self.save(collector)
+        self._write_arrays(IDENTIFIERS, {"test": test, "train": train})
+        if isinstance(collector, MatrixCollector):
+            return
+        columns = collector.columns(test, train)
+        self._write_arrays(f"{TABLE}.npz", columns)
+        try:
+            import pyarrow
+            from pyarrow import parquet
+        except ModuleNotFoundError:
+            return
+        temporary = self.path / f"{TABLE}.parquet.new"
+        parquet.write_table(pyarrow.table(dict(columns)), temporary)
+        temporary.replace(self.path / f"{TABLE}.parquet")
+
+    def _write_arrays(self, name: str, arrays: Mapping[str, Array]) -> None:
+        temporary = self.path / f"{name}.new"
+        with temporary.open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+        temporary.replace(self.path / name)
+
+    def _write(self, name: str, content: bytes) -> None:
+        temporary = self.path / f"{name}.new"
+        temporary.write_bytes(content)
+        temporary.replace(self.path / name)
+
+
+def versions() -> dict[str, str]:
+    """Of what computed the scores."""
+    found = {}
+    for name in ("influence-framework", "torch", "numpy", "zarr"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _zarr() -> Any:
+    try:
+        import zarr
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "A store needs zarr: pip install 'influence-framework[store]'", name="zarr"
+        ) from error
+    return zarr
