@@ -218,7 +218,10 @@ class Solver(Protocol):
     - ``requires``: capability protocols the operator must offer, checked before ``fit`` is called;
     - ``fixed``: ``True`` where the inverse is one fixed symmetric positive definite matrix, so that
       the solver can serve as a preconditioner;
-    - ``default_source``: name of the curvature source this method is made for.
+    - ``default_source``: name of the curvature source this method is made for;
+    - ``accuracy``: the largest relative residual ``‖b − (C + λI)x‖ / ‖b‖``, for ``‖b‖ ≥ 1``, of a
+      right-hand side that it calls solved, as far as the dtype allows; ``None`` where the inverse is that
+      of another matrix, an approximation of ``C``. Left out, the conformance kit asks for 1e-6.
     """
 
     def fit(self, operator: LinearOperator, regularization: float) -> InverseOperator: ...

@@ -51,7 +51,7 @@ def registered_name(subject: MethodSubject) -> str | None:
 
 
 def options_make_an_equal_instance(subject: MethodSubject) -> Iterator[str]:
-    """The options read off an instance make an equal one, by name where it has one, and its repr says what it is."""
+    """The options of an instance make an equal one, by name where it has one, and its repr shows its class."""
     method = subject.method
     parameters = inspect.signature(type(method)).parameters.values()
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -68,7 +68,7 @@ def options_make_an_equal_instance(subject: MethodSubject) -> Iterator[str]:
 
 
 def every_block_structure(subject: SolverSubject) -> Iterator[str]:
-    """In a composed model, factors under each block structure are those of the blocks fitted by hand, one by one."""
+    """In a composed model, factors under every block structure are those of the blocks fitted one by one."""
     made = problem()
     whole = subject.source.operator(made, made.parameters)
     strength = DAMPING["net"] * float(torch.linalg.eigvalsh(to_dense(whole))[-1])

@@ -44,10 +44,7 @@ def indefiniteness(matrix: Float[Tensor, "P P"]) -> Iterator[str]:
 
 
 def agrees_with_dense_inverse(subject: SolverSubject) -> Iterator[str]:
-    """At a λ well below the largest eigenvalue, products with the inverse leave no more residual than the accuracy.
-
-    A solver states its ``accuracy``; ``None`` is that of an approximation, and nothing is asked of it here.
-    """
+    """At a λ well below the largest eigenvalue, residuals are within the accuracy that the solver states."""
     if subject.accuracy is None:
         return
     for dtype in DTYPES:
@@ -55,23 +52,25 @@ def agrees_with_dense_inverse(subject: SolverSubject) -> Iterator[str]:
             columns = system.columns(3)
             worst = float(system.residuals(subject.fit(system) @ columns, columns).max())
             if not worst <= subject.allowed(dtype):
-                yield (
-                    f"{dtype}, {type(system.operator).__name__}: relative residual {worst:.1e}, expected at most "
-                    f"{subject.allowed(dtype):.1e}"
-                )
+                what = f"{dtype}, {type(system.operator).__name__}"
+                yield f"{what}: relative residual {worst:.1e}, expected at most {subject.allowed(dtype):.1e}"
 
 
 def products_are_columnwise(subject: SolverSubject) -> Iterator[str]:
-    """A product with a matrix is the product with each of its columns, for one, for P and for more than P of them."""
+    """A product with k columns is that with each of them, for k = 1, for k = P and for k > P."""
     system = subject.definite
-    for count in (1, 3, system.size, system.size + 5):
-        columns = system.columns(count)
+    size = system.size
+    wide = system.columns(size + 5)
+    alone = {index: subject.inverse @ wide[:, [index]] for index in (0, 1, size - 1, size, size + 4)}
+    for count in (2, size, size + 5):
+        columns = wide[:, :count].clone()
         together = subject.inverse @ columns
         if together.shape != columns.shape:
             yield f"k = {count}: shape {tuple(together.shape)}, expected {tuple(columns.shape)}"
             continue
-        alone = torch.cat([subject.inverse @ columns[:, [index]] for index in range(count)], dim=1)
-        yield from _differing(f"k = {count}", subject.apart(system, together, alone, columns))
+        for index in [index for index in alone if index < count]:
+            distance = subject.apart(system, together[:, [index]], alone[index], columns[:, [index]])
+            yield from _differing(f"k = {count}, column {index}", distance)
 
 
 def vectors_stay_vectors(subject: SolverSubject) -> Iterator[str]:
@@ -143,7 +142,7 @@ def changed_random_states(action: Callable[[], object]) -> Iterator[str]:
 
 
 def another_regularization(subject: SolverSubject) -> Iterator[str]:
-    """Where ``with_regularization`` is offered it equals a new fit, and changes nothing in what it was called on."""
+    """Where ``with_regularization`` is offered, it equals a new fit, and leaves what it was called on alone."""
     system = subject.definite
     inverse = subject.fit(system)
     if not isinstance(inverse, Reregularizable):
@@ -184,21 +183,20 @@ def dtype_and_device_kept(subject: SolverSubject) -> Iterator[str]:
             yield f"the inverse is {inverse.shape} {inverse.dtype} on {inverse.device}, expected {expected}"
         for what, value in (("@", inverse @ columns), ("solve", inverse.solve(columns).value)):
             if (value.dtype, value.device) != (columns.dtype, columns.device):
-                yield f"{what} gave {value.dtype} on {value.device}, expected {columns.dtype} on {columns.device}"
+                yield f"{what} gave {value.dtype} on {value.device}, expected {dtype} on {columns.device}"
 
 
 def products_asked_in_own_dtype(subject: SolverSubject) -> Iterator[str]:
     """The operator is asked for products of its own dtype and device only, and of columns of its own length."""
     for dtype, device in product(DTYPES, devices()):
         system = subject.system("definite", dtype, device)
-        subject.fit(system).solve(system.columns(2))
-        # Operators of core refuse what is wrong by themselves.
-        if not isinstance(system.operator, Lenient):
+        if not isinstance(system.operator, Lenient):  # operators of core refuse what is wrong
             continue
+        subject.fit(system).solve(system.columns(2))
         asked = {(columns.dtype, columns.device.type, columns.shape[0]) for columns in system.operator.columns}
         wrong = asked - {(dtype, device.type, system.size)}
         if wrong:
-            yield f"operator of {dtype} on {device}: asked for (dtype, device, length) {sorted(map(str, wrong))}"
+            yield f"an operator of {dtype} on {device} was asked for {sorted(map(str, wrong))}"
 
 
 def inputs_not_written_to(subject: SolverSubject) -> Iterator[str]:

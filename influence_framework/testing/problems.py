@@ -39,7 +39,7 @@ def symmetric(
     values = torch.as_tensor(eigenvalues, dtype=torch.float64, device="cpu")
     basis, _ = torch.linalg.qr(normal(len(values), len(values), seed=seed))
     matrix = basis @ torch.diag(values) @ basis.T
-    return ((matrix + matrix.T) / 2).to(device, dtype)
+    return torch.add(matrix, matrix.T).div_(2).to(device, dtype)
 
 
 class ProductsOnly(Operator):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -121,7 +121,7 @@ def vectors_and_no_columns(subject: SourceSubject) -> Iterator[str]:
 
 
 def batches_do_not_matter(subject: SourceSubject) -> Iterator[str]:
-    """The curvature is that of the mean loss, however the samples are cut into batches, a ragged last one included."""
+    """The curvature is the same however the samples are cut into batches, with a ragged last one too."""
     for sizes in SIZES:
         made = problem(network(normalized=True), batches(sizes))
         yield from subject.differing(f"batches of {sizes}", dense_by_columns(subject.of(made)), subject.matrix)
@@ -206,13 +206,13 @@ def dense_is_exact(subject: SourceSubject) -> Iterator[str]:
 
 
 def minibatches_average_to_it(subject: SourceSubject) -> Iterator[str]:
-    """Where mini-batches are offered, those of one pass average to the matrix, in an order the generator decides."""
+    """Where mini-batches are offered, those of a pass average to the matrix; the generator orders them."""
     sizes = (5, 5, 5, 5)
     operator = subject.of(problem(network(normalized=True), batches(sizes)))
     if not isinstance(operator, Minibatches):
         return
 
-    def one_pass(seed: int) -> Sequence[Tensor]:
+    def one_pass(seed: int) -> list[Tensor]:
         stream = operator.minibatches(torch.Generator("cpu").manual_seed(seed))
         return [dense_by_columns(batch) for batch in itertools.islice(stream, len(sizes))]
 
@@ -224,7 +224,7 @@ def minibatches_average_to_it(subject: SourceSubject) -> Iterator[str]:
 
 
 def blocks_are_principal_submatrices(subject: SourceSubject) -> Iterator[str]:
-    """The curvature with respect to some parameters is the part of the matrix that is theirs, in their order."""
+    """The curvature with respect to some parameters is their part of the matrix, in the order given."""
     made = problem()
     whole = dense_by_columns(subject.of(made))
     for structure, spec in STRUCTURES.items():

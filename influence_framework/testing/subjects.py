@@ -13,7 +13,7 @@ from torch import Tensor
 
 from influence_framework.compose import DEFAULT_SOURCE, resolve
 from influence_framework.operators import DenseOperator, dense_by_columns, require_capabilities
-from influence_framework.protocols import HessianSource, InverseOperator, LinearOperator, Solver
+from influence_framework.protocols import HessianSource, InverseOperator, LinearOperator, Solution, Solver
 from influence_framework.registry import Kind, Registry
 from influence_framework.testing.problems import ProductsOnly, batches, network, normal, problem, symmetric
 
@@ -23,11 +23,13 @@ DEFAULT_ACCURACY = 1e-6
 SIZE = 10
 """Parameters of the matrices that solvers without requirements are tested on."""
 
-DAMPING = {"matrix": 1e-3, "net": 1e-2}
+DAMPING = {"matrix": 1e-3, "net": 3e-2}
 """λ relative to the largest eigenvalue."""
 
 DTYPES = (torch.float32, torch.float64)
 Condition = Literal["definite", "indefinite", "singular", "badly scaled"]
+CONDITIONS: tuple[Condition, ...] = ("definite", "indefinite", "singular")
+"""Those that a solution is looked at under; the last is for preconditioners."""
 
 
 class Lenient(ProductsOnly):
@@ -123,6 +125,19 @@ class SolverSubject:
         """That inverse as a matrix, ``P`` columns at a time."""
         return _reference(self.inverse @ torch.eye(self.definite.size, dtype=torch.float64, device="cpu"))
 
+    @cached_property
+    def attempts(self) -> list[tuple[Condition, System, Solution]]:
+        """Solutions for three columns of systems good and bad, but for the bad ones that the solver refuses."""
+        found = []
+        for condition in CONDITIONS:
+            system = self.system(condition)
+            try:
+                found.append((condition, system, self.fit(system).solve(system.columns(3))))
+            except Exception:
+                if condition == "definite":
+                    raise
+        return found
+
     def fit(self, system: System) -> InverseOperator:
         """A fresh inverse."""
         return self.solver.fit(system.operator, system.regularization)
@@ -163,7 +178,7 @@ class SolverSubject:
 
     def allowed(self, dtype: torch.dtype = torch.float64) -> float:
         """What an error in this dtype may be: the stated accuracy, and never less than half of the digits."""
-        return max(self.accuracy or 0.0, torch.finfo(dtype).eps ** 0.5)
+        return max(self.accuracy or 0.0, float(torch.finfo(dtype).eps) ** 0.5)
 
     def apart(
         self,
