@@ -83,8 +83,13 @@ def make_solution(
     reason: list[StopReason],
     iterations: list[int] | None = None,
 ) -> Solution:
-    """A :class:`Solution` whose ``converged`` follows from the reasons."""
+    """A :class:`Solution` whose ``converged`` follows from the reasons; NaN and infinity are never a success."""
     succeeded = (StopReason.CONVERGED, StopReason.APPROXIMATION)
+    finite = torch.isfinite(value).all(dim=0).tolist()
+    reason = [
+        StopReason.NOT_FINITE if why in succeeded and not good else why
+        for why, good in zip(reason, finite, strict=True)
+    ]
     return Solution(
         value=value,
         converged=torch.tensor([r in succeeded for r in reason], dtype=torch.bool, device="cpu"),

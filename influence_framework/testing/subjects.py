@@ -178,7 +178,8 @@ class SolverSubject:
 
     def allowed(self, dtype: torch.dtype = torch.float64) -> float:
         """What an error in this dtype may be: the stated accuracy, and never less than half of the digits."""
-        return max(self.accuracy or 0.0, float(torch.finfo(dtype).eps) ** 0.5)
+        half: float = torch.finfo(dtype).eps ** 0.5
+        return max(self.accuracy or 0.0, half)
 
     def apart(
         self,
