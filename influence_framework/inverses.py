@@ -83,7 +83,7 @@ def make_solution(
     reason: list[StopReason],
     iterations: list[int] | None = None,
 ) -> Solution:
-    """A :class:`Solution` whose ``converged`` follows from the reasons; NaN and infinity are never a success."""
+    """A :class:`Solution` whose ``converged`` follows from the reasons; NaN is never a success."""
     succeeded = (StopReason.CONVERGED, StopReason.APPROXIMATION)
     finite = torch.isfinite(value).all(dim=0).tolist()
     reason = [

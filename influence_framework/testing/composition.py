@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ STRUCTURES: dict[str, Any] = {
 }
 
 
+@runtime_checkable
 class MethodSubject(Protocol):
     """A method under test, of either kind."""
 

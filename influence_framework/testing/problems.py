@@ -124,15 +124,19 @@ def batches(
     copies: int = 1,
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
-) -> list[tuple[Tensor, Tensor]]:
-    """The same samples whatever the sizes of their batches, each batch ``copies`` times."""
+) -> list[Sequence[Tensor]]:
+    """The same samples whatever the sizes of their batches, all of them ``copies`` times.
+
+    Batches are tuples and lists in turn: neighbours of one type would be joined to one batch by ``Problem``.
+    """
     x, y = samples(sum(sizes), dtype=dtype, device=device)
-    return list(zip(x.split(list(sizes)), y.split(list(sizes)), strict=True)) * copies
+    pairs = [*zip(x.split(list(sizes)), y.split(list(sizes)), strict=True)] * copies
+    return [list(pair) if index % 2 else pair for index, pair in enumerate(pairs)]
 
 
 def problem(
     model: nn.Module | None = None,
-    data: Sequence[tuple[Tensor, Tensor]] | None = None,
+    data: Sequence[Sequence[Tensor]] | None = None,
     loss: Loss | None = None,
 ) -> Problem:
     """A training problem: by default :func:`network` with cross-entropy on :func:`batches`, in float64."""

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence_framework.compose import DEFAULT_SOURCE, resolve
-from influence_framework.operators import DenseOperator, dense_by_columns, require_capabilities
+from influence_framework.operators import dense_by_columns, require_capabilities
 from influence_framework.protocols import HessianSource, InverseOperator, LinearOperator, Solution, Solver
 from influence_framework.registry import Kind, Registry
 from influence_framework.testing.problems import ProductsOnly, batches, network, normal, problem, symmetric
@@ -38,6 +38,16 @@ class Lenient(ProductsOnly):
     def __matmul__(self, columns: Float[Tensor, "P *k"]) -> Float[Tensor, "P *k"]:
         self.columns.append(columns.detach().clone())
         return self.matrix.to(columns.device, columns.dtype) @ columns
+
+
+class LenientDense(Lenient):
+    """The same, and it offers its diagonal and the whole matrix."""
+
+    def diagonal(self) -> Float[Tensor, " P"]:
+        return self.matrix.diagonal().clone()
+
+    def to_dense(self) -> Float[Tensor, "P P"]:
+        return self.matrix.clone()
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +172,7 @@ class SolverSubject:
         """The system, and with an operator that offers its matrix and diagonal, which solvers may use."""
         yield system
         if isinstance(system.operator, Lenient):
-            yield replace(system, operator=DenseOperator(system.operator.matrix.clone()))
+            yield replace(system, operator=LenientDense(system.operator.matrix))
 
     def _of_net(self, condition: Condition, dtype: torch.dtype, device: torch.device | str) -> System:
         source = resolve("source", "hessian", self.registry) if condition == "indefinite" else self.source
