@@ -101,12 +101,14 @@ def shape_dtype_and_device(subject: SourceSubject) -> Iterator[str]:
 
 
 def products_are_columnwise(subject: SourceSubject) -> Iterator[str]:
-    """A product with a matrix is the product with each of its columns, for one and for more than P of them."""
+    """A product with k columns is that with each of them, for k = 1, for k = P and for k > P."""
     size = len(subject.matrix)
-    for count in (1, 3, size + 5):
-        columns = normal(size, count)
-        alone = torch.cat([subject.operator @ columns[:, [index]] for index in range(count)], dim=1)
-        yield from subject.differing(f"k = {count}", subject.operator @ columns, alone)
+    wide = normal(size, size + 5)
+    alone = {index: subject.operator @ wide[:, [index]] for index in (0, 1, size - 1, size, size + 4)}
+    for count in (2, size, size + 5):
+        together = subject.operator @ wide[:, :count].clone()
+        for index in [index for index in alone if index < count]:
+            yield from subject.differing(f"k = {count}, column {index}", together[:, [index]], alone[index])
 
 
 def vectors_and_no_columns(subject: SourceSubject) -> Iterator[str]:
@@ -151,10 +153,12 @@ def global_random_state_untouched(subject: SourceSubject) -> Iterator[str]:
 
 def model_left_as_found(subject: SourceSubject) -> Iterator[str]:
     """A product leaves the model's parameters, gradients, buffers, modes and hooks as they were."""
-    model = subject.problem.model
+    # A model of its own: the others have been multiplied with already.
+    made = problem(network(normalized=True))
+    model = made.model
     kept = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
-    operator = subject.of(subject.problem)
+    operator = subject.of(made)
     dense_by_columns(operator)
     if isinstance(operator, Diagonal):
         operator.diagonal()
@@ -169,8 +173,6 @@ def model_left_as_found(subject: SourceSubject) -> Iterator[str]:
     for name, module in model.named_modules():
         if any(value for key, value in vars(module).items() if key.endswith("_hooks")):
             yield f"a hook was left on {name or 'the model'}"
-    for _, parameter in model.named_parameters():
-        parameter.grad = None
 
 
 def positive_semidefinite_is_true(subject: SourceSubject) -> Iterator[str]:
@@ -217,7 +219,7 @@ def minibatches_average_to_it(subject: SourceSubject) -> Iterator[str]:
         return [dense_by_columns(batch) for batch in itertools.islice(stream, len(sizes))]
 
     first = torch.stack(one_pass(1))
-    yield from subject.differing("mean of one pass", first.mean(0), subject.matrix)
+    yield from subject.differing("mean of one pass", first.mean(0), dense_by_columns(operator))
     torch.manual_seed(3)
     if not torch.equal(first, torch.stack(one_pass(1))):
         yield "generators of the same seed gave different batches"
