@@ -37,5 +37,7 @@ def test_every_check_of_a_source_has_a_fault() -> None:
 
 
 def test_the_error_shows_the_numbers() -> None:
-    with pytest.raises(ConformanceError, match=r"(?s)FAILED  products_are_columnwise.*k = 26, column 21: off by"):
+    with pytest.raises(
+        ConformanceError, match=r"(?s)FAILED  products_are_columnwise.*k = 26, column 21: off by"
+    ):
         check_hessian_source(Source(SurplusAsZeros))
