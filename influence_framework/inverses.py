@@ -90,8 +90,13 @@ def make_solution(
     iterations: list[int] | None = None,
     curvature: Float[Tensor, "k 2"] | None = None,
 ) -> Solution:
-    """A :class:`Solution` whose ``converged`` follows from the reasons."""
+    """A :class:`Solution` whose ``converged`` follows from the reasons; NaN is never a success."""
     succeeded = (StopReason.CONVERGED, StopReason.APPROXIMATION)
+    finite = torch.isfinite(value).all(dim=0).tolist()
+    reason = [
+        StopReason.NOT_FINITE if why in succeeded and not good else why
+        for why, good in zip(reason, finite, strict=True)
+    ]
     return Solution(
         value=value,
         converged=torch.tensor([r in succeeded for r in reason], dtype=torch.bool, device="cpu"),

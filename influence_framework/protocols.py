@@ -235,7 +235,10 @@ class Solver(Protocol):
       the solver can serve as a preconditioner;
     - ``default_source``: name of the curvature source this method is made for;
     - ``refines``: ``True`` where its inverse offers :class:`WarmStart`, so that it can refine the
-      solutions of another solver. An option ``preconditioner`` gets that solver's inverse, if it is ``fixed``.
+      solutions of another solver. An option ``preconditioner`` gets that solver's inverse, if it is ``fixed``;
+    - ``accuracy``: the largest relative residual ``‖b − (C + λI)x‖ / ‖b‖``, for ``‖b‖ ≥ 1``, of a
+      right-hand side that it calls solved, as far as the dtype allows; ``None`` where the inverse is that
+      of another matrix, an approximation of ``C``. Left out, the conformance kit asks for 1e-6.
     """
 
     def fit(self, operator: LinearOperator, regularization: float) -> InverseOperator: ...

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from influence_framework import (
+    ConvergenceWarning,
     DenseOperator,
     InvalidInputError,
     LowRankInverse,
     NonFiniteError,
     SingularOperatorError,
+    StopReason,
 )
 from tests.reference import assert_close
 
@@ -139,3 +141,14 @@ def test_twice_the_error_of_an_eigenvalue_is_too_near() -> None:
         errors = torch.full((3,), error, dtype=torch.float64)
         with pytest.raises(SingularOperatorError) if refused else nullcontext():
             LowRankInverse(base, 0.21, theta, vectors, errors=errors)
+
+
+def test_a_right_hand_side_with_nan_is_not_called_converged() -> None:
+    theta, vectors, matrix = pairs([3.0, 1.0])
+    rhs = normal(8, 3)
+    rhs[2, 1] = float("nan")
+    with pytest.warns(ConvergenceWarning, match=r"1 of 3 .*columns 1;.* NaN or infinity"):
+        solution = LowRankInverse(DenseOperator(matrix), 0.5, theta, vectors).solve(rhs)
+    assert solution.converged.tolist() == [True, False, True]
+    assert solution.reason[1] is StopReason.NOT_FINITE
+    assert solution.reason[0] is StopReason.APPROXIMATION

@@ -17,6 +17,7 @@ from influence_framework.registry import default_registry
 
 PAGE = "influence-demo.html"
 FAILURE = 2
+NONCONFORMING = 1
 INTERRUPTED = 130
 CUT_OFF = 1
 
@@ -28,17 +29,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Its arguments; those of the process where left out.
 
     Returns:
-        0; 2 where something is wrong that the user can put right, which is said on standard error; 130
-        where interrupted; 1 where nobody reads what it prints.
+        0; 1 where a check of the conformance kit fails; 2 where something is wrong that the user can put
+        right, which is said on standard error; 130 where interrupted; 1 where nobody reads what it prints.
     """
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show λ shows a question mark instead of ending the command.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     arguments = _parser().parse_args(argv)
+    status = 0
     try:
         if arguments.command == "plugins":
             _plugins(arguments)
+        elif arguments.command == "check":
+            status = _check(arguments)
         else:
             _demo(arguments)
         sys.stdout.flush()
@@ -52,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader, such as head, has seen enough; the interpreter must not try to write the rest.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CUT_OFF
-    return 0
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,6 +73,21 @@ def _parser() -> argparse.ArgumentParser:
         description="List the installed solvers and curvature sources, and the plugins that do not work.",
     )
     plugins.add_argument("-v", "--verbose", action="store_true", help="list options and their defaults too")
+
+    check = commands.add_parser(
+        "check",
+        help="test whether a solver, curvature source or preconditioner does what its protocol asks",
+        description=(
+            "Make every check of the conformance kit on a method with its default options, and show them as a "
+            "table. Exit status: 0 where all pass, 1 where one fails, 2 where NAME is none."
+        ),
+    )
+    check.add_argument("name", metavar="NAME", help="as listed by: influence plugins")
+    check.add_argument(
+        "--kind",
+        choices=["solver", "source", "preconditioner"],
+        help="what to check it as (default: what it is registered as)",
+    )
 
     demo = commands.add_parser(
         "demo",
@@ -120,6 +139,15 @@ def _seed(text: str) -> int:
 def _plugins(arguments: argparse.Namespace) -> None:
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     print(overview(default_registry, verbose=arguments.verbose, width=width))
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    # Imported here, so that the other commands start sooner.
+    from influence_framework.cli.check import check
+
+    report = check(arguments.name, arguments.kind, default_registry)
+    print(report)
+    return 0 if report.passed else NONCONFORMING
 
 
 def _demo(arguments: argparse.Namespace) -> None:

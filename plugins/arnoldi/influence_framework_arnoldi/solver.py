@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -77,6 +77,8 @@ class ArnoldiSolver:
     seed: int = 0
     block_size: int | None = None
     progress: bool = False
+
+    accuracy: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         for name, least in LEAST.items():

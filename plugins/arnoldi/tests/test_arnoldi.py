@@ -17,24 +17,12 @@ from influence_framework import (
     IndefiniteOperatorWarning,
     InvalidInputError,
     NonFiniteError,
-    Operator,
     SingularOperatorError,
     StopReason,
 )
+from influence_framework.testing import ProductsOnly, normal, symmetric
 
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "arpack"])
-
-
-def symmetric(eigenvalues: Tensor | list[float], seed: int = 0) -> Tensor:
-    values = torch.as_tensor(eigenvalues, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    basis, _ = torch.linalg.qr(torch.randn(len(values), len(values), generator=generator, dtype=torch.float64))
-    matrix = basis @ torch.diag(values) @ basis.T
-    return (matrix + matrix.T) / 2
-
-
-def normal(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def spectrum(*leading: float, size: int = 80, below: float = 0.1) -> Tensor:
@@ -47,34 +35,6 @@ def low_rank_inverse(matrix: Tensor, rank: int, regularization: float) -> Tensor
     values, vectors = torch.linalg.eigh(matrix)
     values[values.abs().argsort(descending=True)[rank:]] = 0.0
     return vectors @ torch.diag(1 / (values + regularization)) @ vectors.T
-
-
-class ProductsOnly(Operator):
-    """A matrix that offers nothing but products, and keeps what it was multiplied with."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix = matrix
-        self.columns: list[Tensor] = []
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return (len(self.matrix), len(self.matrix))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.matrix.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.matrix.device
-
-    @property
-    def products(self) -> int:
-        return sum(columns.shape[1] for columns in self.columns)
-
-    def _matmat(self, columns: Tensor) -> Tensor:
-        self.columns.append(columns.clone())
-        return self.matrix @ columns
 
 
 @BACKENDS

@@ -17,17 +17,10 @@ from influence_framework_arnoldi.pairs import Wanted
 from torch import Tensor
 
 from influence_framework import DenseOperator, InvalidInputError, Operator
+from influence_framework.testing import ProductsOnly, symmetric
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-
-
-def symmetric(eigenvalues: Tensor | list[float], seed: int = 0) -> Tensor:
-    values = torch.as_tensor(eigenvalues, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    basis, _ = torch.linalg.qr(torch.randn(len(values), len(values), generator=generator, dtype=torch.float64))
-    matrix = basis @ torch.diag(values) @ basis.T
-    return (matrix + matrix.T) / 2
 
 
 def fit(matrix: Tensor | Operator, **options: Any) -> ArnoldiInverse:
@@ -40,34 +33,6 @@ def largest(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     values, vectors = np.linalg.eigh(matrix.cpu().double().numpy())
     order = np.argsort(-np.abs(values))[:rank]
     return torch.from_numpy(values[order]), torch.from_numpy(vectors[:, order])
-
-
-class Columns(Operator):
-    """A matrix that keeps what it was multiplied with."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix = matrix
-        self.seen: list[Tensor] = []
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return (len(self.matrix), len(self.matrix))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.matrix.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.matrix.device
-
-    @property
-    def widths(self) -> list[int]:
-        return [columns.shape[1] for columns in self.seen]
-
-    def _matmat(self, columns: Tensor) -> Tensor:
-        self.seen.append(columns.clone())
-        return self.matrix @ columns
 
 
 @DTYPES
@@ -167,9 +132,9 @@ def test_a_start_inside_an_invariant_subspace_finds_what_is_outside(
 @DTYPES
 def test_many_restarts_keep_the_basis_orthonormal(dtype: torch.dtype) -> None:
     matrix = symmetric(torch.linspace(0, 1, 300)).to(dtype)
-    operator = Columns(matrix)
+    operator = ProductsOnly(matrix)
     inverse = fit(operator, rank=4, krylov_dimension=7)
-    assert len(operator.seen) > 200
+    assert len(operator.columns) > 200
     gram = inverse.vectors.double().T @ inverse.vectors.double()
     torch.testing.assert_close(gram, torch.eye(4).double(), rtol=0.0, atol=20 * torch.finfo(dtype).eps)
     torch.testing.assert_close(inverse.values, largest(matrix, 4)[0], rtol=1e-6, atol=0.0)
@@ -178,7 +143,7 @@ def test_many_restarts_keep_the_basis_orthonormal(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("backend", ["torch", "arpack"])
 def test_pitfall_the_seed_is_what_starts_differ_by(backend: str) -> None:
     matrix = symmetric([9.0, -7.0, 4.0, 2.0, *np.linspace(0, 0.5, 60)])
-    operators = [Columns(matrix) for _ in range(3)]
+    operators = [ProductsOnly(matrix) for _ in range(3)]
     state = torch.get_rng_state()
     first, again, other = (
         fit(operator, rank=4, tol=1e-9, backend=backend, seed=seed)
@@ -186,7 +151,7 @@ def test_pitfall_the_seed_is_what_starts_differ_by(backend: str) -> None:
     )
     assert torch.equal(first.vectors, again.vectors)
     assert torch.equal(first.values, again.values)
-    assert not torch.equal(operators[0].seen[0], operators[2].seen[0])
+    assert not torch.equal(operators[0].columns[0], operators[2].columns[0])
     torch.testing.assert_close(first.values, other.values)
     columns = torch.ones(64, 2, dtype=torch.float64)
     torch.testing.assert_close(first @ columns, other @ columns)
@@ -197,7 +162,7 @@ def test_rank_tolerance_and_dimension_decide_the_work() -> None:
     matrix = symmetric(torch.logspace(1, -4, 200))
 
     def products(**options: Any) -> int:
-        operator = Columns(matrix)
+        operator = ProductsOnly(matrix)
         fit(operator, **options)
         return sum(operator.widths)
 
@@ -210,7 +175,7 @@ def test_rank_tolerance_and_dimension_decide_the_work() -> None:
 
 @pytest.mark.parametrize("block_size", [1, 5])
 def test_block_size_is_the_columns_of_a_product(block_size: int) -> None:
-    operator = Columns(symmetric(torch.logspace(1, -4, 200)))
+    operator = ProductsOnly(symmetric(torch.logspace(1, -4, 200)))
     fit(operator, rank=8, block_size=block_size)
     # The last product is the check of the residuals.
     assert set(operator.widths[:-1]) == {block_size}
@@ -234,7 +199,7 @@ def test_steps_of_the_search_keep_the_probability_that_is_promised() -> None:
     assert lanczos.search_steps(10**4, 4) < lanczos.search_steps(10**4, 1)
 
 
-class OnCuda(Columns):
+class OnCuda(ProductsOnly):
     """Claims to be on a CUDA device; never multiplied."""
 
     @property
@@ -246,14 +211,14 @@ class OnCuda(Columns):
 @pytest.mark.parametrize(
     ("available", "operator", "message"),
     [
-        (False, Columns, "needs a CUDA device, and PyTorch finds none"),
-        (True, Columns, r"the curvature is on cpu: move the model and its data with .to\('cuda'\)"),
+        (False, ProductsOnly, "needs a CUDA device, and PyTorch finds none"),
+        (True, ProductsOnly, r"the curvature is on cpu: move the model and its data with .to\('cuda'\)"),
         (True, OnCuda, "needs CuPy, which cannot be imported .*Install the package .*cupy-cuda12x"),
     ],
     ids=["no CUDA", "on the CPU", "no CuPy"],
 )
 def test_cupy_says_what_it_lacks(
-    available: bool, operator: type[Columns], message: str, size: int, monkeypatch: pytest.MonkeyPatch
+    available: bool, operator: type[ProductsOnly], message: str, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     monkeypatch.setitem(sys.modules, "cupy", None)

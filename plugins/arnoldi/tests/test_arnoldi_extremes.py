@@ -7,7 +7,8 @@ import torch
 from influence_framework_arnoldi import ArnoldiSolver
 
 from influence_framework import DenseOperator, IndefiniteOperatorWarning
-from plugins.arnoldi.tests.test_arnoldi import BACKENDS, ProductsOnly, spectrum, symmetric
+from influence_framework.testing import ProductsOnly, symmetric
+from plugins.arnoldi.tests.test_arnoldi import BACKENDS, spectrum
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 

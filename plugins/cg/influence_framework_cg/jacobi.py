@@ -36,6 +36,7 @@ class JacobiSolver:
     seed: int = 0
 
     fixed: ClassVar[bool] = True
+    accuracy: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if self.probes < 2:

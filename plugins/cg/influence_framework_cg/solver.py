@@ -88,6 +88,11 @@ class CgSolver:
                 "as 'jacobi'."
             )
 
+    @property
+    def accuracy(self) -> float:
+        """The largest relative residual of a right-hand side of norm 1 or more that is called solved."""
+        return max(self.rtol, self.atol)
+
     def fit(self, operator: LinearOperator, regularization: float) -> CgInverse:
         """Fit the preconditioner; the systems themselves are solved on demand."""
         fitted = None

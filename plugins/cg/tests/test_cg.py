@@ -10,47 +10,11 @@ from influence_framework import (
     ConvergenceWarning,
     DenseOperator,
     InvalidInputError,
-    Operator,
     StopReason,
 )
+from influence_framework.testing import ProductsOnly, normal, symmetric
 
 BLOCK = pytest.mark.parametrize("block", [False, True], ids=["columns", "block"])
-
-
-def symmetric(eigenvalues: torch.Tensor | list[float], seed: int = 0) -> torch.Tensor:
-    values = torch.as_tensor(eigenvalues, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    basis, _ = torch.linalg.qr(torch.randn(len(values), len(values), generator=generator, dtype=torch.float64))
-    matrix = basis @ torch.diag(values) @ basis.T
-    return (matrix + matrix.T) / 2
-
-
-def normal(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-class Counting(Operator):
-    """A dense matrix that notes how many columns each product had."""
-
-    def __init__(self, matrix: torch.Tensor) -> None:
-        self.matrix = matrix
-        self.widths: list[int] = []
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return (len(self.matrix), len(self.matrix))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.matrix.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.matrix.device
-
-    def _matmat(self, columns: torch.Tensor) -> torch.Tensor:
-        self.widths.append(columns.shape[1])
-        return self.matrix @ columns
 
 
 @BLOCK
@@ -120,7 +84,7 @@ def test_iterations_are_those_of_scipy() -> None:
 def test_more_columns_need_no_more_passes(block: bool) -> None:
     matrix = symmetric(torch.logspace(-2, 1, 60))
     columns = normal(60, 20)
-    one, many = Counting(matrix), Counting(matrix)
+    one, many = ProductsOnly(matrix), ProductsOnly(matrix)
     CgSolver(rtol=1e-8, atol=0.0, block=block).fit(one, 0.1).solve(columns[:, :1])
     CgSolver(rtol=1e-8, atol=0.0, block=block).fit(many, 0.1).solve(columns)
     assert len(many.widths) <= len(one.widths) + 10
@@ -134,7 +98,7 @@ def test_finished_columns_leave_the_product(block: bool) -> None:
     _, vectors = torch.linalg.eigh(matrix)
     slow = normal(60, 1)
     columns = torch.cat([vectors[:, :5], slow], dim=1)  # an eigenvector takes one iteration
-    operator = Counting(matrix)
+    operator = ProductsOnly(matrix)
     solution = CgSolver(rtol=1e-6, atol=0.0, block=block).fit(operator, 0.0).solve(columns)
     assert solution.converged.all()
     assert operator.widths[0] == 6
@@ -190,7 +154,7 @@ def test_pitfall_indefinite_hessian_is_never_called_solved() -> None:
 def test_float32_stops_at_the_accuracy_it_can_give(block: bool) -> None:
     matrix = symmetric(torch.logspace(-3, 1, 80)).float()
     columns = normal(80, 3).float()
-    operator = Counting(matrix)
+    operator = ProductsOnly(matrix)
     with pytest.warns(ConvergenceWarning, match="accuracy this dtype can give"):
         solution = CgSolver(rtol=1e-7, atol=0.0, block=block).fit(operator, 0.0).solve(columns)
     assert StopReason.STAGNATED in solution.reason
@@ -214,7 +178,7 @@ def test_recursive_residuals_are_replaced_by_true_ones(block: bool) -> None:
 def test_a_wrong_recursion_is_found_out_and_worked_on(block: bool) -> None:
     """An operator that is off in its first products leaves a recursive residual that is a lie."""
 
-    class Unsteady(Counting):
+    class Unsteady(ProductsOnly):
         def _matmat(self, columns: torch.Tensor) -> torch.Tensor:
             product = super()._matmat(columns)
             return product * (1.3 if len(self.widths) <= 2 else 1.0)

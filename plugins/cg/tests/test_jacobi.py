@@ -6,29 +6,8 @@ import pytest
 import torch
 from influence_framework_cg import CgSolver, JacobiSolver
 
-from influence_framework import DenseOperator, InvalidInputError, Operator
-
-
-class ProductsOnly(Operator):
-    """A matrix that hides its diagonal."""
-
-    def __init__(self, matrix: torch.Tensor) -> None:
-        self.matrix = matrix
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return (len(self.matrix), len(self.matrix))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.matrix.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.matrix.device
-
-    def _matmat(self, columns: torch.Tensor) -> torch.Tensor:
-        return self.matrix @ columns
+from influence_framework import DenseOperator, InvalidInputError
+from influence_framework.testing import ProductsOnly
 
 
 def badly_scaled(size: int = 60, seed: int = 0) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from influence_framework_cg import CgSolver, JacobiSolver
 
 from influence_framework import ConvergenceWarning, DenseOperator, InvalidInputError, StopReason
-from plugins.cg.tests.test_cg import Counting, normal, symmetric
+from influence_framework.testing import ProductsOnly, normal, symmetric
 
 VALUES = [1e-3, 1.0, 1e-2, 30.0]
 
@@ -43,7 +43,7 @@ def test_costs_little_more_than_the_hardest_value_alone() -> None:
     solver = CgSolver(rtol=1e-8, atol=0.0)
 
     def columns(values: list[float]) -> int:
-        operator = Counting(matrix)
+        operator = ProductsOnly(matrix)
         solver.fit(operator, 0.0).solve_sweep(rhs, values)
         return sum(operator.widths)
 
@@ -106,7 +106,7 @@ def test_single_precision_reaches_what_it_can() -> None:
 
 
 def test_the_iteration_limit_counts_both_phases() -> None:
-    operator, rhs = Counting(symmetric(torch.logspace(-4, 0, 200))), normal(200, 2)
+    operator, rhs = ProductsOnly(symmetric(torch.logspace(-4, 0, 200))), normal(200, 2)
     with pytest.warns(ConvergenceWarning, match="iteration limit"):
         solutions = CgSolver(rtol=1e-10, maxiter=5).fit(operator, 0.0).solve_sweep(rhs, [0.0, 1e-3])
     # Five shared ones, and one for each value that measures what they led to.

@@ -13,42 +13,10 @@ from influence_framework import (
     DenseOperator,
     IndefiniteOperatorWarning,
     InvalidInputError,
-    Operator,
     SingularOperatorError,
     StopReason,
 )
-
-
-def symmetric(eigenvalues: list[float], seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.tensor(eigenvalues, dtype=torch.float64)
-    basis, _ = torch.linalg.qr(torch.randn(len(values), len(values), generator=generator, dtype=torch.float64))
-    matrix = basis @ torch.diag(values) @ basis.T
-    return (matrix + matrix.T) / 2
-
-
-class ProductsOnly(Operator):
-    """A matrix that offers nothing but products, and counts their columns."""
-
-    def __init__(self, matrix: torch.Tensor) -> None:
-        self.matrix = matrix
-        self.columns = 0
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return (len(self.matrix), len(self.matrix))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.matrix.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.matrix.device
-
-    def _matmat(self, columns: torch.Tensor) -> torch.Tensor:
-        self.columns += columns.shape[1]
-        return self.matrix @ columns
+from influence_framework.testing import ProductsOnly, symmetric
 
 
 @pytest.mark.parametrize("count", [1, 3, 20], ids=["one", "few", "more than P"])
@@ -83,9 +51,9 @@ def test_no_columns_give_no_columns() -> None:
 def test_with_regularization_reuses_the_formed_matrix() -> None:
     operator = ProductsOnly(symmetric([0.5, 1.0, 2.0, 4.0]))
     inverse = DirectSolver().fit(operator, 0.1)
-    assert operator.columns == 4
+    assert operator.products == 4
     other = inverse.with_regularization(1.0)
-    assert operator.columns == 4
+    assert operator.products == 4
     vector = torch.arange(4.0, dtype=torch.float64)
     torch.testing.assert_close(other @ vector, DirectSolver().fit(operator, 1.0) @ vector)
     torch.testing.assert_close(
@@ -159,7 +127,7 @@ def test_matrices_that_cannot_fit_are_refused_before_any_work() -> None:
     operator = Huge(torch.eye(2))
     with pytest.raises(InvalidInputError, match="use blocks='per_layer'"):
         DirectSolver().fit(operator, 0.0)
-    assert operator.columns == 0
+    assert operator.products == 0
 
 
 def test_block_size_must_be_positive() -> None:

@@ -21,15 +21,12 @@ from influence_framework_ekfac.statistics import Eigenbasis
 from torch import Tensor, nn
 
 import influence_framework as inf
+from influence_framework.testing import normal
 from tests import nets, reference
 from tests.reference import assert_close
 
 BUDGET = 2**28
 ORDERS = ["_by_gradients", "_by_positions", "_by_staircase", "_by_indices"]
-
-
-def normal(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def decaying(size: int, last: float) -> Tensor:

@@ -105,6 +105,11 @@ class LissaSolver:
                 f"the plain recursion, got {self.averaging!r}."
             )
 
+    @property
+    def accuracy(self) -> float | None:
+        """``rtol``, unless the plain recursion or ``dampen`` makes the result an approximation."""
+        return None if self.averaging is None or self.dampen else self.rtol
+
     def fit(self, operator: LinearOperator, regularization: float) -> LissaInverse:
         """Choose the scale where it is ``"auto"``; the systems themselves are solved on demand.
 

@@ -14,62 +14,34 @@ from influence_framework_lissa import LissaSolver, register_solvers
 from influence_framework import (
     ConvergenceWarning,
     InvalidInputError,
-    Operator,
     Solution,
     StopReason,
 )
+from influence_framework.testing import ProductsOnly, normal, symmetric
 
 FLOAT = torch.float64
 
 
-def symmetric(eigenvalues: torch.Tensor | list[float], seed: int = 0) -> torch.Tensor:
-    values = torch.as_tensor(eigenvalues, dtype=FLOAT)
-    generator = torch.Generator().manual_seed(seed)
-    basis, _ = torch.linalg.qr(torch.randn(len(values), len(values), generator=generator, dtype=FLOAT))
-    matrix = basis @ torch.diag(values) @ basis.T
-    return (matrix + matrix.T) / 2
-
-
-def normal(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=FLOAT)
-
-
-class Counted(Operator):
-    """A matrix that notes how many columns each product had."""
-
-    def __init__(self, matrix: torch.Tensor, widths: list[int] | None = None) -> None:
-        self.matrix = matrix
-        self.widths: list[int] = [] if widths is None else widths
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return (len(self.matrix), len(self.matrix))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.matrix.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.matrix.device
-
-    def _matmat(self, columns: torch.Tensor) -> torch.Tensor:
-        self.widths.append(columns.shape[1])
-        return self.matrix @ columns
-
-
-class Sampled(Counted):
+class Sampled(ProductsOnly):
     """The mean of matrices, which are its mini-batches."""
 
     def __init__(self, *matrices: torch.Tensor) -> None:
         super().__init__(torch.stack(matrices).mean(0))
         self.matrices = matrices
-        self.drawn: list[int] = []
+        # All mini-batches keep their columns in one list.
+        self.drawn: list[torch.Tensor] = []
 
-    def minibatches(self, generator: torch.Generator) -> Iterator[Counted]:
+    def minibatches(self, generator: torch.Generator) -> Iterator[ProductsOnly]:
         while True:
             for index in torch.randperm(len(self.matrices), generator=generator).tolist():
-                yield Counted(self.matrices[index], self.drawn)
+                batch = ProductsOnly(self.matrices[index])
+                batch.columns = self.drawn
+                yield batch
+
+    @property
+    def drawn_widths(self) -> list[int]:
+        """How many columns each product with a mini-batch had."""
+        return [columns.shape[1] for columns in self.drawn]
 
 
 def noisy(count: int = 50, size: int = 12, rows: int = 8, seed: int = 0) -> Sampled:
@@ -83,7 +55,7 @@ def shifted(matrix: torch.Tensor, amount: float) -> torch.Tensor:
 
 
 def true_residuals(
-    operator: Counted, regularization: float, solution: Solution, b: torch.Tensor
+    operator: ProductsOnly, regularization: float, solution: Solution, b: torch.Tensor
 ) -> torch.Tensor:
     return (b - shifted(operator.matrix, regularization) @ solution.value).norm(dim=0) / b.norm(dim=0)
 
@@ -166,16 +138,16 @@ def test_one_product_with_a_mini_batch_an_iteration_and_few_with_the_whole(avera
         operator, 0.01
     )
     operator.drawn.clear()
-    operator.widths.clear()
+    operator.columns.clear()
     assert inverse.solve(normal(12, 4)).iterations.tolist() == [500] * 4
-    assert operator.drawn == [4] * 500
+    assert operator.drawn_widths == [4] * 500
     assert len(operator.widths) <= 500 / 32 + 2
 
 
 def test_runs_that_gain_little_are_followed_by_longer_ones() -> None:
     operator = Sampled(symmetric(torch.logspace(-4, 1, 40)))
     inverse = LissaSolver(maxiter=1000, warn_on_max_iteration=False).fit(operator, 1e-4)
-    operator.widths.clear()
+    operator.columns.clear()
     inverse.solve(normal(40, 3))
     assert len(operator.widths) <= 12
 
@@ -189,7 +161,7 @@ def test_finished_columns_leave_the_product() -> None:
     solution = inverse.solve(torch.cat([vectors[:, -5:], normal(40, 1)], dim=1))
     assert solution.converged.all()
     assert solution.iterations[:5].tolist() == [32] * 5
-    assert operator.drawn == [6] * 32 + [1] * (len(operator.drawn) - 32)
+    assert operator.drawn_widths == [6] * 32 + [1] * (len(operator.drawn) - 32)
     assert solution.iterations[5].item() == len(operator.drawn)
 
 

@@ -19,7 +19,8 @@ from influence_framework import (
     NonFiniteError,
     StopReason,
 )
-from plugins.lissa.tests.test_lissa import FLOAT, Sampled, noisy, normal, shifted, symmetric, true_residuals
+from influence_framework.testing import normal, symmetric
+from plugins.lissa.tests.test_lissa import FLOAT, Sampled, noisy, shifted, true_residuals
 
 AVERAGING = pytest.mark.parametrize("averaging", [32, None], ids=["averaged", "plain"])
 

@@ -77,6 +77,7 @@ class NystroemSolver:
     progress: bool = False
 
     fixed: ClassVar[bool] = True
+    accuracy: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if self.rank != "auto" and not _is_count(self.rank, 1):

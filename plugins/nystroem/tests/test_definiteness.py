@@ -11,28 +11,24 @@ from influence_framework_nystroem import NystroemSolver
 from influence_framework_nystroem.sketch import Sketch
 
 from influence_framework import DenseOperator, IndefiniteOperatorWarning, SingularOperatorError
-from plugins.nystroem.tests.test_nystroem import Counting
+from influence_framework.testing import ProductsOnly, symmetric
 
 LAMBDA = 1e-2
 
 
-def symmetric(*parts: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    values = torch.cat([part.double() for part in parts])
-    generator = torch.Generator().manual_seed(seed)
-    basis, _ = torch.linalg.qr(torch.randn(len(values), len(values), generator=generator, dtype=torch.float64))
-    matrix = basis @ torch.diag(values) @ basis.T
-    return (matrix + matrix.T) / 2
+def with_spectrum(*parts: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    return symmetric(torch.cat([part.double() for part in parts]), seed)
 
 
 def hidden(magnitude: float, size: int = 400, seed: int = 0) -> torch.Tensor:
     """A single negative eigenvalue among many positive ones: a sketch of ten vectors does not see it."""
     top, bulk = torch.logspace(1, -1, 6), torch.linspace(2e-3, 1e-3, size - 7)
-    return symmetric(top, bulk, torch.tensor([-magnitude], dtype=torch.float64), seed=seed)
+    return with_spectrum(top, bulk, torch.tensor([-magnitude], dtype=torch.float64), seed=seed)
 
 
 def spread(magnitude: float, size: int = 200) -> torch.Tensor:
     """Half of the spectrum negative: any sketch sees it."""
-    return symmetric(torch.logspace(1, -1, 6), torch.linspace(-magnitude, 1e-3, size - 6))
+    return with_spectrum(torch.logspace(1, -1, 6), torch.linspace(-magnitude, 1e-3, size - 6))
 
 
 def compressed(matrix: torch.Tensor, solver: NystroemSolver) -> torch.Tensor:
@@ -45,7 +41,7 @@ def compressed(matrix: torch.Tensor, solver: NystroemSolver) -> torch.Tensor:
 
 def test_pitfall_negative_eigenvalues_clamped_without_a_word() -> None:
     """With the negative half of the spectrum taken for zero, the inverse is off by almost all of itself."""
-    matrix = symmetric(torch.logspace(0, -2, 20), -torch.logspace(0, -2, 20))
+    matrix = with_spectrum(torch.logspace(0, -2, 20), -torch.logspace(0, -2, 20))
     identity = torch.eye(40, dtype=torch.float64)
     values, vectors = torch.linalg.eigh(matrix)
     clamped = vectors @ torch.diag(1 / (values.clamp_min(0) + LAMBDA)) @ vectors.T
@@ -78,7 +74,7 @@ def test_the_suggestion_is_twice_the_magnitude_of_the_eigenvalue(seed: int, time
 
 
 def test_condition_and_suggestion_are_those_of_the_shifted_matrix() -> None:
-    matrix = symmetric(torch.tensor([-0.5, 1.0, 2.0]))
+    matrix = with_spectrum(torch.tensor([-0.5, 1.0, 2.0]))
     with pytest.raises(SingularOperatorError, match=r"eigenvalue of -0\.5 or less.*at least 1,") as caught:
         NystroemSolver(rank=3).fit(DenseOperator(matrix), 0.25)
     assert caught.value.condition == pytest.approx(2.25 / 0.25)
@@ -119,9 +115,9 @@ def test_a_negligible_negative_part_is_not_worth_a_warning() -> None:
 @pytest.mark.parametrize(
     "matrix",
     [
-        symmetric(10 / torch.arange(1, 400), torch.tensor([-0.1])),
-        symmetric(10 / torch.arange(1, 400), torch.tensor([-0.02])),
-        symmetric(torch.logspace(1, -3, 395), torch.full((5,), -0.02)),
+        with_spectrum(10 / torch.arange(1, 400), torch.tensor([-0.1])),
+        with_spectrum(10 / torch.arange(1, 400), torch.tensor([-0.02])),
+        with_spectrum(torch.logspace(1, -3, 395), torch.full((5,), -0.02)),
     ],
     ids=["large", "small", "several"],
 )
@@ -136,7 +132,7 @@ def test_a_slowly_decaying_spectrum_does_not_hide_it(matrix: torch.Tensor, rank:
 def test_checks_are_as_many_as_the_spectrum_that_is_left_asks_for(checks: int) -> None:
     counts = []
     for magnitude in (1e-6, LAMBDA, 10 * LAMBDA, 1e4 * LAMBDA):
-        operator = Counting(symmetric(torch.linspace(10, 1, 10), magnitude * torch.linspace(2, 1, 390)))
+        operator = ProductsOnly(with_spectrum(torch.linspace(10, 1, 10), magnitude * torch.linspace(2, 1, 390)))
         NystroemSolver(rank=30, oversampling=0, checks=checks).fit(operator, LAMBDA)
         assert operator.widths[0] == 30
         counts.append(len(operator.widths) - 1)
@@ -146,16 +142,16 @@ def test_checks_are_as_many_as_the_spectrum_that_is_left_asks_for(checks: int) -
 
 
 def test_no_checks_where_the_operator_claims_to_need_none() -> None:
-    class Semidefinite(Counting):
+    class Semidefinite(ProductsOnly):
         positive_semidefinite = True
 
-    operator = Semidefinite(symmetric(10 / torch.arange(1, 400)))
+    operator = Semidefinite(with_spectrum(10 / torch.arange(1, 400)))
     NystroemSolver(rank=10).fit(operator, LAMBDA)
     assert operator.widths == [20]
 
 
 def test_an_eigenvalue_that_cancels_the_regularisation_is_refused() -> None:
-    inverse = NystroemSolver(rank=3).fit(DenseOperator(symmetric(torch.tensor([0.5, 1.0, 2.0]))), 0.25)
+    inverse = NystroemSolver(rank=3).fit(DenseOperator(with_spectrum(torch.tensor([0.5, 1.0, 2.0]))), 0.25)
     with pytest.raises(SingularOperatorError, match="has nothing to do"):
         replace(inverse, lowest=-0.25)
 
@@ -168,7 +164,7 @@ def test_no_checks_leave_it_to_the_sketch() -> None:
 
 
 def test_negative_curvature_once_seen_is_followed() -> None:
-    matrix = symmetric(torch.logspace(1, -1, 6), torch.linspace(-2e-3, 2e-3, 994))
+    matrix = with_spectrum(torch.logspace(1, -1, 6), torch.linspace(-2e-3, 2e-3, 994))
     with pytest.warns(IndefiniteOperatorWarning):
         glance, look = (
             NystroemSolver(rank=10, checks=checks).fit(DenseOperator(matrix), LAMBDA).lowest
@@ -179,7 +175,7 @@ def test_negative_curvature_once_seen_is_followed() -> None:
 
 @pytest.mark.parametrize("checks", [0, 6])
 def test_the_full_space_knows_the_most_negative_eigenvalue(checks: int) -> None:
-    matrix = symmetric(torch.logspace(1, -1, 30), torch.tensor([-2e-3], dtype=torch.float64))
+    matrix = with_spectrum(torch.logspace(1, -1, 30), torch.tensor([-2e-3], dtype=torch.float64))
     with pytest.warns(IndefiniteOperatorWarning):
         inverse = NystroemSolver(rank=31, checks=checks).fit(DenseOperator(matrix), LAMBDA)
     assert inverse.lowest == pytest.approx(-2e-3, rel=1e-9)

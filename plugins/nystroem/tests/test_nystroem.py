@@ -14,19 +14,11 @@ from influence_framework_nystroem.spectrum import ritz_values
 from influence_framework import (
     ConvergenceWarning,
     DenseOperator,
-    Operator,
     StopReason,
 )
+from influence_framework.testing import ProductsOnly, normal, symmetric
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-
-
-def symmetric(eigenvalues: torch.Tensor | list[float], seed: int = 0) -> torch.Tensor:
-    values = torch.as_tensor(eigenvalues, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    basis, _ = torch.linalg.qr(torch.randn(len(values), len(values), generator=generator, dtype=torch.float64))
-    matrix = basis @ torch.diag(values) @ basis.T
-    return (matrix + matrix.T) / 2
 
 
 def decaying(size: int = 120, last: float = -6.0) -> torch.Tensor:
@@ -35,34 +27,6 @@ def decaying(size: int = 120, last: float = -6.0) -> torch.Tensor:
 
 def of_rank(rank: int, size: int = 40) -> torch.Tensor:
     return symmetric([*torch.logspace(1, -1, rank).tolist(), *[0.0] * (size - rank)])
-
-
-def normal(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-class Counting(Operator):
-    """A dense matrix that notes how many columns each product had."""
-
-    def __init__(self, matrix: torch.Tensor) -> None:
-        self.matrix = matrix
-        self.widths: list[int] = []
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return (len(self.matrix), len(self.matrix))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.matrix.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.matrix.device
-
-    def _matmat(self, columns: torch.Tensor) -> torch.Tensor:
-        self.widths.append(columns.shape[1])
-        return self.matrix @ columns
 
 
 def approximation_of(inverse: Any) -> torch.Tensor:
@@ -163,10 +127,10 @@ def test_seed_decides_and_global_state_is_left_alone(rank: Any) -> None:
 
 
 def test_one_product_holds_the_whole_sketch() -> None:
-    operator = Counting(decaying())
+    operator = ProductsOnly(decaying())
     NystroemSolver(rank=20, oversampling=7, checks=0).fit(operator, 1e-2)
     assert operator.widths == [27]
-    operator = Counting(decaying())
+    operator = ProductsOnly(decaying())
     NystroemSolver(rank=20, power_passes=2, checks=4).fit(operator, 1e-2)
     assert operator.widths == [30, 30, 30, 1, 1, 1, 1]
 
@@ -197,7 +161,7 @@ def test_a_widened_test_matrix_stays_orthonormal(passes: int) -> None:
 
 @pytest.mark.parametrize("tolerance", [1.0, 0.01])
 def test_auto_reaches_the_regularisation_and_keeps_every_product(tolerance: float) -> None:
-    operator = Counting(decaying(300, last=-9.0))
+    operator = ProductsOnly(decaying(300, last=-9.0))
     inverse = NystroemSolver(rank="auto", tolerance=tolerance, checks=0).fit(operator, 0.05)
     assert error_of(inverse) <= 1.05 * tolerance * 0.05
     assert inverse.error_estimate == pytest.approx(error_of(inverse).item(), rel=0.1)
@@ -207,7 +171,7 @@ def test_auto_reaches_the_regularisation_and_keeps_every_product(tolerance: floa
 
 
 def test_auto_gives_up_at_max_rank_and_says_how_far_it_came() -> None:
-    operator = Counting(decaying(300, last=-4.0))
+    operator = ProductsOnly(decaying(300, last=-4.0))
     with pytest.warns(ConvergenceWarning, match=r"max_rank=50 with an error of about .*raise max_rank"):
         inverse = NystroemSolver(rank="auto", max_rank=50, checks=0).fit(operator, 0.05)
     assert [width for width in operator.widths if width > 1] == [42, 18]
@@ -249,7 +213,7 @@ def test_ritz_values_stay_within_the_spectrum_however_bad_the_preconditioner() -
 
 
 def test_another_regularisation_costs_nothing() -> None:
-    operator, vector = Counting(decaying()), normal(120)
+    operator, vector = ProductsOnly(decaying()), normal(120)
     inverse = NystroemSolver(rank=30).fit(operator, 1e-2)
     spent = len(operator.widths)
     moved = inverse.with_regularization(1e-3)
@@ -258,7 +222,7 @@ def test_another_regularisation_costs_nothing() -> None:
 
 
 def test_auto_fits_again_for_a_regularisation_that_needs_more() -> None:
-    operator, vector = Counting(decaying(300, last=-4.0)), normal(300)
+    operator, vector = ProductsOnly(decaying(300, last=-4.0)), normal(300)
     solver = NystroemSolver(rank="auto")
     inverse = solver.fit(operator, 0.05)
     spent = len(operator.widths)

@@ -9,15 +9,9 @@ import torch
 from influence_framework_nystroem import NystroemInverse, NystroemSolver
 
 from influence_framework import DenseOperator, solvers
+from influence_framework.testing import normal, symmetric
 
 BLOCK = pytest.mark.parametrize("block", [False, True], ids=["columns", "block"])
-
-
-def symmetric(values: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    basis, _ = torch.linalg.qr(torch.randn(len(values), len(values), generator=generator, dtype=torch.float64))
-    matrix = basis @ torch.diag(values.double()) @ basis.T
-    return (matrix + matrix.T) / 2
 
 
 def decaying(size: int = 300) -> torch.Tensor:
@@ -31,10 +25,6 @@ def fit(matrix: torch.Tensor, regularization: float, **options: Any) -> Nystroem
 
 def applied(inverse: Any) -> torch.Tensor:
     return inverse @ torch.eye(inverse.shape[0], dtype=inverse.dtype)
-
-
-def normal(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("regularization", [0.0, 1e-3])

@@ -8,7 +8,7 @@ from influence_framework_nystroem import NystroemSolver
 from influence_framework_nystroem.spectrum import SLAB, inner
 
 from influence_framework import ConvergenceWarning, DenseOperator
-from plugins.nystroem.tests.test_nystroem import Counting, normal, symmetric
+from influence_framework.testing import ProductsOnly, normal, symmetric
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -24,7 +24,7 @@ def test_a_rank_that_is_that_of_the_curvature_keeps_its_digits(seed: int) -> Non
 
 
 def test_auto_ends_where_rounding_does_and_says_so() -> None:
-    operator = Counting(symmetric(torch.cat([torch.logspace(3, 0, 20), torch.zeros(380)])).float())
+    operator = ProductsOnly(symmetric(torch.cat([torch.logspace(3, 0, 20), torch.zeros(380)])).float())
     with pytest.warns(ConvergenceWarning, match="the rounding of this dtype.*use float64 or raise the regul"):
         inverse = NystroemSolver(rank="auto").fit(operator, 1e-5)
     assert len(inverse.values) == 20
