@@ -28,6 +28,7 @@ from influence_framework.errors import (
     UnknownMethodError,
     UnknownOptionError,
 )
+from influence_framework.hookspecs import API_VERSION as PLUGIN_API_VERSION
 from influence_framework.hookspecs import hookimpl
 from influence_framework.influence import TorchInfluenceFunctionModel
 from influence_framework.layers import MatrixForm, UnsupportedLayerError, register_layer
@@ -64,6 +65,7 @@ from influence_framework.registry import Registry, default_registry, hessian_sou
 from influence_framework.regularization import RelativeRegularization
 
 __all__ = [
+    "PLUGIN_API_VERSION",
     "BlockDiagonalOperator",
     "Blocks",
     "ConvergenceWarning",

@@ -11,14 +11,18 @@ from textwrap import dedent
 from typing import Any
 
 
-def install(folder: Path, distribution: str, source: str, *, version: str = "1.2.3") -> Path:
-    """Lay a distribution with one module and one entry point, as pip would, into ``folder``."""
+def install(folder: Path, distribution: str, source: str, *, version: str | None = "1.2.3") -> Path:
+    """Lay a distribution with one module and one entry point, as pip would, into ``folder``.
+
+    Without a version its metadata has none.
+    """
     module = distribution.replace("-", "_")
     folder.mkdir(exist_ok=True)
     (folder / f"{module}.py").write_text(source)
     info = folder / f"{module}-{version}.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+    stated = f"Version: {version}\n" if version else ""
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\n{stated}")
     (info / "entry_points.txt").write_text(f"[influence_framework]\n{module} = {module}\n")
     return folder
 

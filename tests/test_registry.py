@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import re
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, MutableMapping
@@ -44,6 +46,39 @@ class Flat:
 
 class OtherSolver:
     def fit(self, operator: Any, regularization: float) -> Any: ...
+
+
+class Stating(OtherSolver):
+    requires = (inf.Diagonal, inf.Trace)
+    fixed = True
+    default_source = "hessian"
+
+
+class OnDemand(OtherSolver):
+    requires = property(lambda self: (inf.Diagonal,))
+    fixed = property(lambda self: True)
+    default_source = property(lambda self: "hessian")
+
+
+class Selfish(OtherSolver):
+    def __init__(me, self: int) -> None:  # noqa: N805
+        me.value = self
+
+
+class Named(OtherSolver):
+    def __init__(self, *, name: str = "x") -> None: ...
+
+
+class Positional(OtherSolver):
+    def __init__(self, strength: float, /) -> None: ...
+
+
+class OneRequirement(OtherSolver):
+    requires = inf.Diagonal
+
+
+class TextRequirement(Flat):
+    requires = ("Diagonal",)
 
 
 def plugin(**hooks: Callable[..., None]) -> SimpleNamespace:
@@ -144,6 +179,21 @@ class TestLookUp:
         with pytest.raises(inf.UnknownOptionError, match="needs the option 'strength'"):
             method.create()
 
+    def test_what_a_class_states_about_itself(self) -> None:
+        methods = isolated(mine=solver_plugin(stating=Stating, halving=Halving)).solvers
+        assert (methods["stating"].requires, methods["stating"].fixed) == (("Diagonal", "Trace"), True)
+        assert methods["stating"].default_source == "hessian"
+        assert (methods["halving"].requires, methods["halving"].fixed) == ((), False)
+        assert methods["halving"].default_source is None
+
+    def test_what_depends_on_the_options_is_not_stated_by_the_class(self) -> None:
+        method = isolated(mine=solver_plugin(thing=OnDemand)).solvers["thing"]
+        assert (method.requires, method.fixed, method.default_source) == ((), False, None)
+
+    def test_an_option_may_be_called_self(self) -> None:
+        method = isolated(mine=solver_plugin(thing=Selfish)).solvers["thing"]
+        assert method.create(self=3).value == 3
+
 
 class TestUnknownNames:
     def test_the_message_lists_what_exists_and_suggests_the_nearest(self) -> None:
@@ -205,6 +255,24 @@ def exiting(register: Any) -> None:
     sys.exit("no licence")
 
 
+def cancelled(register: Any) -> None:
+    raise asyncio.CancelledError("not now")
+
+
+class Unreadable(Exception):  # noqa: N818
+    def __str__(self) -> str:
+        raise RuntimeError
+
+
+def unreadable(register: Any) -> None:
+    raise Unreadable
+
+
+def stating(version: Any) -> SimpleNamespace:
+    """A plugin that is all right but for the version of the interface that it states."""
+    return SimpleNamespace(INFLUENCE_API_VERSION=version, **vars(solver_plugin(thing=Halving)))
+
+
 BROKEN: dict[str, tuple[Any, str]] = {
     "raises": (plugin(register_solvers=lambda register: 1 / 0), "ZeroDivisionError: division by zero"),
     "exits": (plugin(register_solvers=exiting), "it called sys.exit('no licence') while loading"),
@@ -227,8 +295,30 @@ BROKEN: dict[str, tuple[Any, str]] = {
         plugin(register_hessian_sources=lambda register: register(7, Flat)),
         "7 is no name for a curvature source",
     ),
+    "option_name": (solver_plugin(thing=Named), "Named has an option called 'name'"),
+    "by_position": (solver_plugin(thing=Positional), "Positional takes 'strength' by position only"),
+    "no_tuple": (
+        solver_plugin(thing=OneRequirement),
+        "OneRequirement.requires must be a tuple of capabilities",
+    ),
+    "no_capability": (source_plugin(thing=TextRequirement), "such as (Diagonal,), got ('Diagonal',)"),
+    "unreadable": (plugin(register_solvers=unreadable), "Unreadable without a readable message"),
+    "base_exception": (plugin(register_solvers=cancelled), "CancelledError: not now"),
+    "later": (
+        stating(2),
+        "it is written for version 2 of the plugin interface, and influence-framework 0.1.0 has",
+    ),
+    "version_zero": (stating(0), "its INFLUENCE_API_VERSION must be a positive int such as 1, got 0"),
+    "version_bool": (stating(True), "its INFLUENCE_API_VERSION must be a positive int such as 1, got True"),
+    "version_text": (stating("1"), "its INFLUENCE_API_VERSION must be a positive int such as 1, got '1'"),
     "half_good": (solver_plugin(fine=Halving, thing=3), "'thing' must be registered with a class"),
 }
+
+
+REMEDY = re.compile(
+    r"\. (Tell its authors, or leave it out of the registry's plugins"
+    r"|Upgrade influence-framework: .* or install a version of \w+ written for influence-framework 0\.1\.0)$"
+)
 
 
 class TestBrokenPlugins:
@@ -245,6 +335,7 @@ class TestBrokenPlugins:
         assert (failure.plugin, failure.distribution) == (name, name)
         assert reason in failure.reason
         assert "\n" not in failure.reason
+        assert REMEDY.search(failure.reason)
         assert "Traceback" in failure.details
 
     def test_all_at_once_in_a_fixed_order(self) -> None:
@@ -252,12 +343,50 @@ class TestBrokenPlugins:
         registry = inf.Registry(dict(reversed(plugins.items())), installed=False)
         assert [failure.plugin for failure in registry.failures] == sorted(BROKEN)
 
+    def test_what_is_stated_about_the_interface(self) -> None:
+        assert inf.PLUGIN_API_VERSION == 1
+        (failure,) = isolated(mine=stating(2)).failures
+        assert failure.reason.endswith(
+            "Upgrade influence-framework: pip install --upgrade influence-framework; or install a version of "
+            "mine written for influence-framework 0.1.0"
+        )
+        assert "thing" in isolated(mine=stating(1)).solvers
+
+    def test_an_interface_of_the_future_is_told_before_its_hooks_are(self) -> None:
+        later = plugin(register_preconditioners=lambda register: None)
+        later.INFLUENCE_API_VERSION = 2
+        (failure,) = isolated(mine=later).failures
+        assert "version 2 of the plugin interface" in failure.reason
+
+    def test_methods_can_not_be_looked_up_while_plugins_are_loaded(self) -> None:
+        def early(register: Any) -> None:
+            registry.solvers["first"]
+
+        registry = isolated(aaa=solver_plugin(first=Halving), bbb=plugin(register_solvers=early))
+        (failure,) = registry.failures
+        assert failure.plugin == "bbb"
+        assert "before all of them are known" in failure.reason
+        assert list(registry.solvers) == ["first"]
+
     def test_an_interrupt_is_not_taken_for_a_broken_plugin(self) -> None:
         def interrupted(register: Any) -> None:
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
             list(isolated(mine=plugin(register_solvers=interrupted)).solvers)
+
+    def test_after_an_interrupt_the_next_look_up_starts_again(self) -> None:
+        presses = [KeyboardInterrupt]
+
+        def interrupted(register: Any) -> None:
+            if presses:
+                raise presses.pop()
+            register("thing", Halving)
+
+        solvers = isolated(mine=plugin(register_solvers=interrupted)).solvers
+        with pytest.raises(KeyboardInterrupt):
+            list(solvers)
+        assert list(solvers) == ["thing"]
 
 
 class TestConflicts:
@@ -269,7 +398,25 @@ class TestConflicts:
         assert registry.conflicts == (str(error.value),)
         assert registry.failures == ()
         assert registry.solvers["left"].cls is Halving
-        assert list(registry.solvers) == ["left", "same"]
+
+    def test_it_says_what_to_uninstall_which_is_never_core(self) -> None:
+        registry = isolated(one=solver_plugin(same=Halving), two=solver_plugin(same=OtherSolver))
+        assert registry.conflicts[0].endswith(
+            "uninstall one or two, or pass an instance of the class you mean."
+        )
+        (conflict,) = isolated(bold=source_plugin(hessian=Flat)).conflicts
+        assert conflict.endswith(": uninstall bold, or pass an instance of the class you mean.")
+
+    def test_a_name_in_conflict_is_an_error_only_to_who_asks_for_it(self) -> None:
+        solvers = isolated(
+            one=solver_plugin(same=Halving, left=Halving), two=solver_plugin(same=OtherSolver)
+        ).solvers
+        assert {name: method.cls for name, method in dict(solvers).items()} == {"left": Halving}
+        assert (list(solvers), len(solvers), repr(solvers)) == (["left"], 1, "<solvers: left>")
+        assert "same" not in solvers
+        for ask in (solvers.__getitem__, solvers.get):
+            with pytest.raises(inf.PluginConflictError):
+                ask("same")
 
     def test_a_built_in_name_can_not_be_taken_over(self) -> None:
         registry = isolated(bold=source_plugin(hessian=Flat, flat=Flat))
