@@ -6,9 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
+import venv
+from collections.abc import Iterable
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
+
+ROOT = Path(__file__).parents[1]
 
 
 def install(folder: Path, distribution: str, source: str, *, version: str | None = "1.2.3") -> Path:
@@ -29,10 +34,9 @@ def install(folder: Path, distribution: str, source: str, *, version: str | None
 
 def ask(code: str, *path: Path, options: tuple[str, ...] = ()) -> Any:
     """What ``code`` leaves in ``answer``, run by a fresh interpreter with ``path`` before its own."""
-    program = f"import json\nanswer = None\n{dedent(code)}\nprint(json.dumps(answer))"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path)), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
-        [sys.executable, *options, "-W", "error", "-c", program],
+        [sys.executable, *options, "-W", "error", "-c", _program(code)],
         env=environment,
         capture_output=True,
         text=True,
@@ -41,3 +45,65 @@ def ask(code: str, *path: Path, options: tuple[str, ...] = ()) -> Any:
     )
     assert not done.returncode, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def _program(code: str) -> str:
+    return f"import json\nanswer = None\n{dedent(code)}\nprint(json.dumps(answer))"
+
+
+def packages(folder: Path, *, without: str) -> Path:
+    """Links to the packages of this environment but for those whose name starts like this."""
+    folder.mkdir(exist_ok=True)
+    for scheme in ("purelib", "platlib"):
+        for entry in Path(sysconfig.get_path(scheme)).iterdir():
+            # A .pth file is read in place, and would bring back what is left out.
+            if not entry.name.startswith(without) and entry.suffix != ".pth":
+                link = folder / entry.name
+                if not link.exists():
+                    link.symlink_to(entry)
+    return folder
+
+
+class Environment:
+    """A fresh environment with core and some projects installed by pip, and what they depend on in reach.
+
+    Nothing is fetched: the packages that are not ours are those of the environment of the tests.
+    """
+
+    def __init__(self, folder: Path, projects: Iterable[Path]) -> None:
+        venv.create(folder / "environment", symlinks=True)
+        self.scripts = folder / "environment" / "bin"
+        dependencies = packages(folder / "packages", without="influence_framework")
+        self._variables = os.environ | {"PYTHONPATH": str(dependencies), "PYTHONDONTWRITEBYTECODE": "1"}
+        self.folder = folder
+        self.install(ROOT, *projects)
+
+    def install(self, *projects: Path) -> None:
+        """Build and install projects."""
+        options = ["--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--quiet"]
+        self.python("-m", "pip", "install", *options, *map(str, projects))
+
+    def python(self, *arguments: str) -> str:
+        """What the interpreter prints; it runs outside the repository."""
+        return self._run("python", *arguments)
+
+    def influence(self, *arguments: str) -> str:
+        """What the command prints."""
+        return self._run("influence", *arguments)
+
+    def answer(self, code: str) -> Any:
+        """What ``code`` leaves in ``answer``."""
+        return json.loads(self.python("-W", "error", "-c", _program(code)).splitlines()[-1])
+
+    def _run(self, command: str, *arguments: str) -> str:
+        done = subprocess.run(
+            [str(self.scripts / command), *arguments],
+            env=self._variables,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        assert not done.returncode, done.stdout + done.stderr
+        return done.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from torch import nn
 import influence_framework as inf
 from influence_framework.cli import demo, page
 from influence_framework.cli.main import main
-from influence_framework.cli.plugins import overview
+from influence_framework.cli.plugins import as_json, overview
 from influence_framework.cli.report import report
 from influence_framework.inverses import Inverse, make_solution
 
@@ -39,6 +40,15 @@ class Halving:
 
     steps: int
     label: str = "x"
+
+    def fit(self, operator: inf.LinearOperator, regularization: float) -> Any:
+        raise NotImplementedError
+
+
+class Stating:
+    requires = (inf.Diagonal, inf.Trace)
+    fixed = True
+    default_source = "hessian"
 
     def fit(self, operator: inf.LinearOperator, regularization: float) -> Any:
         raise NotImplementedError
@@ -120,6 +130,91 @@ class TestPlugins:
         lines = overview(registry, verbose=True).splitlines()
         assert "    steps: int (required)" in lines
         assert "    label: str = 'x'" in lines
+
+    def test_verbose_says_what_a_method_states_about_itself(self) -> None:
+        registry = inf.Registry({"one": plugin(half=Halving, stating=Stating)}, installed=False)
+        stated = [
+            "    needs an operator with Diagonal, Trace",
+            "    can precondition other solvers",
+            "    made for the source 'hessian'",
+        ]
+        described = overview(registry, verbose=True).split("\n\n")
+        assert not set(stated) & set(described[0].splitlines())
+        assert described[1].splitlines()[1:] == stated
+        assert not set(stated) & set(overview(registry).splitlines())
+
+    def test_tracebacks_on_demand(self) -> None:
+        def register_solvers(register: Any) -> None:
+            raise RuntimeError("not today")
+
+        broken = SimpleNamespace(register_solvers=inf.hookimpl(register_solvers))
+        registry = inf.Registry({"bad": broken, "good": plugin(half=Halving)}, installed=False)
+        assert "Traceback" not in overview(registry)
+        told = overview(registry, tracebacks=True)
+        assert "\n\nbad (bad unknown): RuntimeError: not today. Tell its authors" in told
+        assert 'raise RuntimeError("not today")' in told
+        assert told.count("Traceback (most recent call last)") == 1
+        assert told.endswith("RuntimeError: not today")
+
+    def test_the_command_takes_what_is_to_be_shown(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["plugins", "--verbose", "--tracebacks"]) == 0
+        assert capsys.readouterr().out == overview(inf.default_registry, verbose=True, tracebacks=True) + "\n"
+        assert main(["plugins", "--json"]) == 0
+        assert capsys.readouterr().out == as_json(inf.default_registry) + "\n"
+
+    def test_json_holds_all_of_it(self) -> None:
+        registry = inf.Registry(
+            {
+                "one": plugin(half=Halving, stating=Stating, same=Halving),
+                "two": plugin(same=Undocumented),
+                "broken": SimpleNamespace(),
+            },
+            installed=False,
+        )
+        said = json.loads(as_json(registry))
+        assert said["api_version"] == inf.PLUGIN_API_VERSION
+        solvers = {method["name"]: method for method in said["methods"] if method["kind"] == "solver"}
+        assert solvers == {
+            "half": {
+                "name": "half",
+                "kind": "solver",
+                "distribution": "one",
+                "version": "unknown",
+                "description": "Half of everything, as ``I/2``.",
+                "options": {
+                    "steps": {"annotation": "int", "default": None},
+                    "label": {"annotation": "str", "default": "'x'"},
+                },
+                "requires": [],
+                "preconditioner": False,
+                "default_source": None,
+            },
+            "stating": {
+                "name": "stating",
+                "kind": "solver",
+                "distribution": "one",
+                "version": "unknown",
+                "description": "",
+                "options": {},
+                "requires": ["Diagonal", "Trace"],
+                "preconditioner": True,
+                "default_source": "hessian",
+            },
+        }
+        sources = [method["name"] for method in said["methods"] if method["kind"] == "source"]
+        assert sources == list(registry.hessian_sources)
+        (failure,) = registry.failures
+        assert said["failures"] == [
+            {
+                "plugin": "broken",
+                "distribution": "broken",
+                "version": "unknown",
+                "reason": failure.reason,
+                "details": failure.details,
+            }
+        ]
+        assert said["conflicts"] == list(registry.conflicts)
+        assert len(registry.conflicts) == 1
 
     def test_wraps_to_the_terminal(self) -> None:
         registry = inf.Registry({"one": plugin(half=Halving)}, installed=False)
@@ -407,7 +502,9 @@ class TestCommand:
         assert "pip install 'influence-framework[demo]'" in printed.err
         assert main(["plugins"]) == 0
 
-    @pytest.mark.parametrize("arguments", [[], ["demo", "--seed", "-1"], ["demo", "--seed", "x"], ["unknown"]])
+    @pytest.mark.parametrize(
+        "arguments", [[], ["demo", "--seed", "-1"], ["demo", "--seed", "x"], ["new-plugin"], ["unknown"]]
+    )
     def test_usage(self, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as exit_:
             main(arguments)
@@ -415,7 +512,8 @@ class TestCommand:
         assert "usage: influence" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
-        "arguments", [["--help"], ["demo", "--help"], ["plugins", "--help"], ["--version"]]
+        "arguments",
+        [["--help"], ["demo", "--help"], ["plugins", "--help"], ["new-plugin", "--help"], ["--version"]],
     )
     def test_help(self, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as exit_:

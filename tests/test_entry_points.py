@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sysconfig
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.distributions import ask, install
-
-ROOT = Path(__file__).parents[1]
+from tests.distributions import ROOT, ask, install, packages
 
 SOLVER = """
 from influence_framework import hookimpl
@@ -295,11 +292,7 @@ def test_two_distributions_that_claim_a_name_are_both_named(tmp_path: Path) -> N
 @pytest.fixture(scope="module")
 def core_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The packages of this environment without any plugin, in a folder for ``python -S``."""
-    site = tmp_path_factory.mktemp("core_alone")
-    for scheme in ("purelib", "platlib"):
-        for entry in Path(sysconfig.get_path(scheme)).iterdir():
-            if not entry.name.startswith("influence_framework_") and not (site / entry.name).exists():
-                (site / entry.name).symlink_to(entry)
+    site = packages(tmp_path_factory.mktemp("core_alone"), without="influence_framework_")
     # An editable installation is a .pth file, which python -S does not read.
     if not (site / "influence_framework").exists():
         (site / "influence_framework").symlink_to(ROOT / "influence_framework")
