@@ -8,7 +8,6 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from collections.abc import Iterable
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -70,7 +69,7 @@ class Environment:
     Nothing is fetched: the packages that are not ours are those of the environment of the tests.
     """
 
-    def __init__(self, folder: Path, projects: Iterable[Path]) -> None:
+    def __init__(self, folder: Path, *projects: Path) -> None:
         venv.create(folder / "environment", symlinks=True)
         self.scripts = folder / "environment" / "bin"
         dependencies = packages(folder / "packages", without="influence_framework")
@@ -78,10 +77,10 @@ class Environment:
         self.folder = folder
         self.install(ROOT, *projects)
 
-    def install(self, *projects: Path) -> None:
+    def install(self, *projects: str | Path) -> str:
         """Build and install projects."""
         options = ["--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--quiet"]
-        self.python("-m", "pip", "install", *options, *map(str, projects))
+        return self.python("-m", "pip", "install", *options, *map(str, projects))
 
     def python(self, *arguments: str) -> str:
         """What the interpreter prints; it runs outside the repository."""

@@ -17,7 +17,7 @@ MINRES = ROOT / "examples" / "minres"
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    return Environment(tmp_path_factory.mktemp("fresh"), [MINRES])
+    return Environment(tmp_path_factory.mktemp("fresh"), MINRES)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import tomllib
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,16 +15,31 @@ import influence_framework as inf
 from influence_framework.cli import new_plugin as module
 from influence_framework.cli.main import main
 from influence_framework.cli.new_plugin import new_plugin
-from tests.distributions import Environment, install
+from tests.distributions import ROOT, Environment, install
+
+
+GUIDE = (ROOT / "docs" / "plugins.md").read_text()
+COMMANDS = [shlex.split(line) for line in re.findall(r"```bash\n(.*?)```", GUIDE, re.DOTALL)[0].splitlines()]
+"""What the guide tells authors to type: write, install, check, test."""
+
+
+def typed(environment: Environment, command: list[str]) -> str:
+    program, *arguments = command
+    if program == "pytest":
+        return environment.python("-m", "pytest", "-W", "error", "-p", "no:cacheprovider", *arguments)
+    if program == "pip":
+        assert arguments[0] == "install"
+        return environment.install(*arguments[1:])
+    assert program == "influence"
+    return environment.influence(*arguments)
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     """Core, and the package that its command wrote for the name ``my_method``."""
-    environment = Environment(tmp_path_factory.mktemp("fresh"), [])
-    folder = Path(environment.influence("new-plugin", "my_method").splitlines()[0].split()[1].rstrip("."))
-    assert folder.name == "influence-my-method"
-    environment.install(folder)
+    environment = Environment(tmp_path_factory.mktemp("fresh"))
+    for command in COMMANDS[:2]:
+        typed(environment, command)
     return environment
 
 
@@ -51,9 +68,12 @@ class TestWhatItWrites:
         assert scores == pytest.approx([2.0, 0.0, 0.0, 3.2])
 
     def test_passes_its_own_tests(self, environment: Environment) -> None:
-        folder = environment.folder / "influence-my-method"
-        told = environment.python("-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", str(folder))
-        assert "4 passed" in told
+        assert "4 passed" in typed(environment, COMMANDS[3])
+
+    def test_conforms(self, environment: Environment) -> None:
+        told = typed(environment, COMMANDS[2])
+        assert "passed" in told
+        assert "FAILED" not in told
 
     def test_is_listed(self, environment: Environment) -> None:
         assert "influence-my-method" in environment.influence("plugins")
