@@ -17,7 +17,6 @@ from influence_framework.cli.main import main
 from influence_framework.cli.new_plugin import new_plugin
 from tests.distributions import ROOT, Environment, install
 
-
 GUIDE = (ROOT / "docs" / "plugins.md").read_text()
 COMMANDS = [shlex.split(line) for line in re.findall(r"```bash\n(.*?)```", GUIDE, re.DOTALL)[0].splitlines()]
 """What the guide tells authors to type: write, install, check, test."""
