@@ -100,7 +100,7 @@ class TestWhatItWrites:
         assert capsys.readouterr().out.splitlines() == [
             f"Wrote {folder}. Next:",
             f"  pip install --editable {folder}",
-            "  influence plugins",
+            "  influence check mine",
         ]
 
 

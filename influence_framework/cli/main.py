@@ -151,7 +151,8 @@ def _plugins(arguments: argparse.Namespace) -> None:
 
 def _new_plugin(arguments: argparse.Namespace) -> None:
     folder = new_plugin(arguments.name, arguments.directory)
-    print(f"Wrote {folder}. Next:\n  pip install --editable {shlex.quote(str(folder))}\n  influence plugins")
+    place = shlex.quote(str(folder))
+    print(f"Wrote {folder}. Next:\n  pip install --editable {place}\n  influence check {arguments.name}")
 
 
 def _demo(arguments: argparse.Namespace) -> None:
