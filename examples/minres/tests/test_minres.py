@@ -114,6 +114,15 @@ def test_what_the_dtype_can_not_give_is_not_claimed(dtype: torch.dtype) -> None:
     assert (solution.residual < 1e3 * torch.finfo(dtype).eps).all()
 
 
+def test_what_rounding_to_the_dtype_loses_is_not_claimed() -> None:
+    """Where λ is all there is, the method succeeds in float64, and the value returned is float32."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", inf.ConvergenceWarning)
+        solution = inverse(torch.zeros(3, 3, dtype=torch.float32), 0.3).solve(normal(3, dtype=torch.float32))
+    assert solution.reason == (inf.StopReason.STAGNATED,)
+    assert 1e-10 < solution.residual.item() < 1e-6
+
+
 @pytest.mark.parametrize("options", [{"rtol": 0.0}, {"rtol": 1.0}, {"rtol": float("nan")}, {"maxiter": 0}])
 def test_options_that_can_not_be_used(options: dict[str, float]) -> None:
     with pytest.raises(inf.InvalidInputError, match=next(iter(options))):
