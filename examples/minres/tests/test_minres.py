@@ -7,12 +7,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from influence_framework.testing import ProductsOnly, check_solver, normal, symmetric
 from influence_minres import MinresInverse, MinresSolver
 from scipy.sparse.linalg import minres
 from torch import nn
 
 import influence_framework as inf
+from influence_framework.testing import ProductsOnly, check_solver, normal, symmetric
 
 INDEFINITE = (-3.0, -0.4, -1e-3, 2e-3, 0.1, 0.7, 1.0, 2.0, 5.0, 40.0)
 
