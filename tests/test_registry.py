@@ -1,16 +1,11 @@
-"""Methods by name: what a look-up tells, what a broken plugin breaks, and who owns a name."""
+"""Methods by name: what a look-up tells, and who owns a name."""
 
 from __future__ import annotations
 
-import asyncio
 import inspect
-import re
-import sys
 import tomllib
-from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,40 +13,11 @@ from torch import nn
 
 import influence_framework as inf
 from influence_framework.registry import OFFICIAL_DISTRIBUTIONS, REQUIRED
+from tests.plugins import Flat, Halving, OtherSolver, Stating, isolated, plugin, solver_plugin, source_plugin
 
 ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.usefixtures("as_user")
-
-
-@dataclass(frozen=True)
-class Halving:
-    """Halves its right-hand sides.
-
-    More about it on further lines.
-
-    Attributes:
-        times: How often.
-    """
-
-    strength: float
-    times: int = 1
-
-    def fit(self, operator: Any, regularization: float) -> Any: ...
-
-
-class Flat:
-    def operator(self, problem: Any, parameters: Any) -> Any: ...
-
-
-class OtherSolver:
-    def fit(self, operator: Any, regularization: float) -> Any: ...
-
-
-class Stating(OtherSolver):
-    requires = (inf.Diagonal, inf.Trace)
-    fixed = True
-    default_source = "hessian"
 
 
 class OnDemand(OtherSolver):
@@ -63,48 +29,6 @@ class OnDemand(OtherSolver):
 class Selfish(OtherSolver):
     def __init__(me, self: int) -> None:  # noqa: N805
         me.value = self
-
-
-class Named(OtherSolver):
-    def __init__(self, *, name: str = "x") -> None: ...
-
-
-class Positional(OtherSolver):
-    def __init__(self, strength: float, /) -> None: ...
-
-
-class OneRequirement(OtherSolver):
-    requires = inf.Diagonal
-
-
-class TextRequirement(Flat):
-    requires = ("Diagonal",)
-
-
-def plugin(**hooks: Callable[..., None]) -> SimpleNamespace:
-    """A plugin with these functions as its hooks."""
-    return SimpleNamespace(**{name: inf.hookimpl(function) for name, function in hooks.items()})
-
-
-def solver_plugin(**methods: Any) -> SimpleNamespace:
-    def register_solvers(register: Any) -> None:
-        for name, method in methods.items():
-            register(name, method)
-
-    return plugin(register_solvers=register_solvers)
-
-
-def source_plugin(**methods: Any) -> SimpleNamespace:
-    def register_hessian_sources(register: Any) -> None:
-        for name, method in methods.items():
-            register(name, method)
-
-    return plugin(register_hessian_sources=register_hessian_sources)
-
-
-def isolated(**plugins: Any) -> inf.Registry:
-    """Core's own sources and these plugins, whatever is installed."""
-    return inf.Registry(plugins, installed=False)
 
 
 class TestLookUp:
@@ -249,144 +173,6 @@ class TestUnknownNames:
         assert "pip install" not in str(error.value)
         with pytest.raises(inf.UnknownMethodError, match="pip install influence-framework-direct"):
             registry.solvers["direct"]
-
-
-def exiting(register: Any) -> None:
-    sys.exit("no licence")
-
-
-def cancelled(register: Any) -> None:
-    raise asyncio.CancelledError("not now")
-
-
-class Unreadable(Exception):  # noqa: N818
-    def __str__(self) -> str:
-        raise RuntimeError
-
-
-def unreadable(register: Any) -> None:
-    raise Unreadable
-
-
-def stating(version: Any) -> SimpleNamespace:
-    """A plugin that is all right but for the version of the interface that it states."""
-    return SimpleNamespace(INFLUENCE_API_VERSION=version, **vars(solver_plugin(thing=Halving)))
-
-
-BROKEN: dict[str, tuple[Any, str]] = {
-    "raises": (plugin(register_solvers=lambda register: 1 / 0), "ZeroDivisionError: division by zero"),
-    "exits": (plugin(register_solvers=exiting), "it called sys.exit('no licence') while loading"),
-    "misspelled_hook": (plugin(register_solver=lambda register: None), "unknown hook 'register_solver'"),
-    "wrong_argument": (plugin(register_solvers=lambda registry: None), "Argument(s) {'registry'}"),
-    "no_hook": (SimpleNamespace(register_solvers=lambda register: None), "it implements no hook"),
-    "no_class": (solver_plugin(thing=3), "'thing' must be registered with a class, got 3"),
-    "instance": (solver_plugin(thing=OtherSolver()), "'thing' must be registered with a class"),
-    "no_fit": (solver_plugin(thing=Flat), "Flat is no solver: it has no method 'fit'"),
-    "no_operator": (
-        source_plugin(thing=OtherSolver),
-        "OtherSolver is no curvature source: it has no method 'operator'",
-    ),
-    "upper_case": (
-        solver_plugin(Thing=Halving),
-        "'Thing' is no name for a solver: use a lower-case identifier",
-    ),
-    "hyphen": (solver_plugin(**{"my-thing": Halving}), "'my-thing' is no name for a solver"),
-    "number": (
-        plugin(register_hessian_sources=lambda register: register(7, Flat)),
-        "7 is no name for a curvature source",
-    ),
-    "option_name": (solver_plugin(thing=Named), "Named has an option called 'name'"),
-    "by_position": (solver_plugin(thing=Positional), "Positional takes 'strength' by position only"),
-    "no_tuple": (
-        solver_plugin(thing=OneRequirement),
-        "OneRequirement.requires must be a tuple of capabilities",
-    ),
-    "no_capability": (source_plugin(thing=TextRequirement), "such as (Diagonal,), got ('Diagonal',)"),
-    "unreadable": (plugin(register_solvers=unreadable), "Unreadable without a readable message"),
-    "base_exception": (plugin(register_solvers=cancelled), "CancelledError: not now"),
-    "later": (
-        stating(2),
-        "it is written for version 2 of the plugin interface, and influence-framework 0.1.0 has",
-    ),
-    "version_zero": (stating(0), "its INFLUENCE_API_VERSION must be a positive int such as 1, got 0"),
-    "version_bool": (stating(True), "its INFLUENCE_API_VERSION must be a positive int such as 1, got True"),
-    "version_text": (stating("1"), "its INFLUENCE_API_VERSION must be a positive int such as 1, got '1'"),
-    "half_good": (solver_plugin(fine=Halving, thing=3), "'thing' must be registered with a class"),
-}
-
-
-REMEDY = re.compile(
-    r"\. (Tell its authors, or leave it out of the registry's plugins"
-    r"|Upgrade influence-framework: .* or install a version of \w+ written for influence-framework 0\.1\.0)$"
-)
-
-
-class TestBrokenPlugins:
-    @pytest.mark.parametrize("name", list(BROKEN))
-    def test_is_set_aside_with_its_reason_and_the_others_work(self, name: str) -> None:
-        broken, reason = BROKEN[name]
-        # On both sides of it in the order of loading.
-        registry = isolated(
-            **{name: broken, "aaa": solver_plugin(first=Halving), "zzz": solver_plugin(last=Halving)}
-        )
-        assert list(registry.solvers) == ["first", "last"]
-        assert list(registry.hessian_sources) == list(isolated().hessian_sources)
-        (failure,) = registry.failures
-        assert (failure.plugin, failure.distribution) == (name, name)
-        assert reason in failure.reason
-        assert "\n" not in failure.reason
-        assert REMEDY.search(failure.reason)
-        assert "Traceback" in failure.details
-
-    def test_all_at_once_in_a_fixed_order(self) -> None:
-        plugins = {name: broken for name, (broken, _) in BROKEN.items()}
-        registry = inf.Registry(dict(reversed(plugins.items())), installed=False)
-        assert [failure.plugin for failure in registry.failures] == sorted(BROKEN)
-
-    def test_what_is_stated_about_the_interface(self) -> None:
-        assert inf.PLUGIN_API_VERSION == 1
-        (failure,) = isolated(mine=stating(2)).failures
-        assert failure.reason.endswith(
-            "Upgrade influence-framework: pip install --upgrade influence-framework; or install a version of "
-            "mine written for influence-framework 0.1.0"
-        )
-        assert "thing" in isolated(mine=stating(1)).solvers
-
-    def test_an_interface_of_the_future_is_told_before_its_hooks_are(self) -> None:
-        later = plugin(register_preconditioners=lambda register: None)
-        later.INFLUENCE_API_VERSION = 2
-        (failure,) = isolated(mine=later).failures
-        assert "version 2 of the plugin interface" in failure.reason
-
-    def test_methods_can_not_be_looked_up_while_plugins_are_loaded(self) -> None:
-        def early(register: Any) -> None:
-            registry.solvers["first"]
-
-        registry = isolated(aaa=solver_plugin(first=Halving), bbb=plugin(register_solvers=early))
-        (failure,) = registry.failures
-        assert failure.plugin == "bbb"
-        assert "before all of them are known" in failure.reason
-        assert list(registry.solvers) == ["first"]
-
-    def test_an_interrupt_is_not_taken_for_a_broken_plugin(self) -> None:
-        def interrupted(register: Any) -> None:
-            raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            list(isolated(mine=plugin(register_solvers=interrupted)).solvers)
-
-    def test_after_an_interrupt_the_next_look_up_starts_again(self) -> None:
-        presses = [KeyboardInterrupt]
-
-        def interrupted(register: Any) -> None:
-            if presses:
-                raise presses.pop()
-            register("thing", Halving)
-
-        solvers = isolated(mine=plugin(register_solvers=interrupted)).solvers
-        with pytest.raises(KeyboardInterrupt):
-            list(solvers)
-        assert list(solvers) == ["thing"]
 
 
 class TestConflicts:
