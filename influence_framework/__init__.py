@@ -31,6 +31,7 @@ from influence_framework.errors import (
     UnknownMethodError,
     UnknownOptionError,
 )
+from influence_framework.hookspecs import API_VERSION as PLUGIN_API_VERSION
 from influence_framework.hookspecs import hookimpl
 from influence_framework.influence import TorchInfluenceFunctionModel
 from influence_framework.layers import MatrixForm, UnsupportedLayerError, register_layer
@@ -70,6 +71,7 @@ from influence_framework.regularization import RelativeRegularization
 from influence_framework.reports import BlockReport, SolveReport
 
 __all__ = [
+    "PLUGIN_API_VERSION",
     "BlockDiagonalOperator",
     "BlockReport",
     "Blocks",

@@ -1,4 +1,11 @@
-"""The hooks a plugin implements. A plugin is a module with one or both of these functions."""
+"""The hooks a plugin implements. A plugin is a module with one or both of these functions.
+
+It may state the version of this interface that it was written for::
+
+    INFLUENCE_API_VERSION = 1
+
+One that states a later version than :data:`API_VERSION` is set aside, and said to need a newer core.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +15,12 @@ import pluggy
 
 PROJECT = "influence_framework"
 """Name of the pluggy project and of the entry-point group."""
+
+API_VERSION = 1
+"""Version of the interface; it goes up where a plugin may have to change, or may use something new."""
+
+API_VERSION_ATTRIBUTE = "INFLUENCE_API_VERSION"
+"""The name under which a plugin states the version it was written for; left out, it is taken for this one."""
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)

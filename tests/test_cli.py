@@ -22,31 +22,10 @@ from torch import nn
 import influence_framework as inf
 from influence_framework.cli import demo, page
 from influence_framework.cli.main import main
-from influence_framework.cli.plugins import overview
 from influence_framework.cli.report import report
 from influence_framework.inverses import Inverse, make_solution
 
 SMALL = demo.Settings(solver="direct", training_images=400, test_images=60)
-
-
-@dataclass(frozen=True)
-class Halving:
-    """Half of everything, as ``I/2``.
-
-    Attributes:
-        steps: How often.
-    """
-
-    steps: int
-    label: str = "x"
-
-    def fit(self, operator: inf.LinearOperator, regularization: float) -> Any:
-        raise NotImplementedError
-
-
-class Undocumented:
-    def fit(self, operator: inf.LinearOperator, regularization: float) -> Any:
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,69 +70,6 @@ def result() -> demo.Result:
 @pytest.fixture(scope="module")
 def html(result: demo.Result) -> str:
     return page.render(result)
-
-
-class TestPlugins:
-    def test_lists_what_is_installed(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["plugins"]) == 0
-        lines = capsys.readouterr().out.splitlines()
-        assert lines[0].split() == ["NAME", "KIND", "DISTRIBUTION", "VERSION", "DESCRIPTION"]
-        for name, method in inf.solvers.items():
-            line = next(line for line in lines if line.split()[0] == name)
-            assert line.split()[1:4] == ["solver", method.distribution, method.version]
-        assert any(line.startswith("gauss_newton ") and " source " in line for line in lines)
-
-    def test_columns_line_up(self) -> None:
-        registry = inf.Registry(
-            {"a-rather-long-name": plugin(half=Halving, undocumented=Undocumented)}, installed=False
-        )
-        header, *rows = overview(registry).splitlines()
-        for title in ("KIND", "DISTRIBUTION", "VERSION", "DESCRIPTION"):
-            column = header.index(title)
-            assert all(row[column - 1] == " " and row[column] != " " for row in rows)
-        assert "Half of everything, as I/2." in overview(registry)
-        assert "(no description)" in overview(registry)
-
-    def test_verbose_adds_options(self) -> None:
-        registry = inf.Registry({"one": plugin(half=Halving)}, installed=False)
-        assert "steps" not in overview(registry)
-        lines = overview(registry, verbose=True).splitlines()
-        assert "    steps: int (required)" in lines
-        assert "    label: str = 'x'" in lines
-
-    def test_wraps_to_the_terminal(self) -> None:
-        registry = inf.Registry({"one": plugin(half=Halving)}, installed=False)
-        wrapped = overview(registry, width=90)
-        assert max(map(len, wrapped.splitlines())) <= 90
-        assert wrapped.split() == overview(registry).split()
-
-    def test_without_any_solver(self) -> None:
-        text = overview(inf.Registry(installed=False))
-        assert "No solver is installed." in text
-        assert "pip install 'influence-framework[all]'" in text
-        assert "gauss_newton" in text
-
-    def test_failures_and_conflicts(self) -> None:
-        registry = inf.Registry(
-            {"good": plugin(half=Halving), "other": plugin(half=Undocumented), "broken": SimpleNamespace()},
-            installed=False,
-        )
-        text = overview(registry, width=80)
-        (failure,) = registry.failures
-        table, failures, conflicts = text.split("\n\n")
-        assert not re.search(r"^half ", table, re.MULTILINE)
-        assert failures.startswith("Plugins that failed to load:\n  PLUGIN")
-        assert ["broken", "broken", "unknown", *failure.reason.split()] == failures.splitlines()[2].split() + [
-            word for line in failures.splitlines()[3:] for word in line.split()
-        ]
-        assert "Names that several plugins claim" in conflicts
-        assert "'half' is claimed by good" in conflicts
-
-    def test_no_section_without_need(self) -> None:
-        text = overview(inf.Registry({"one": plugin(half=Halving)}, installed=False))
-        assert "No solver" not in text
-        assert "failed" not in text
-        assert "claim" not in text
 
 
 class TestDemo:
@@ -407,7 +323,9 @@ class TestCommand:
         assert "pip install 'influence-framework[demo]'" in printed.err
         assert main(["plugins"]) == 0
 
-    @pytest.mark.parametrize("arguments", [[], ["demo", "--seed", "-1"], ["demo", "--seed", "x"], ["unknown"]])
+    @pytest.mark.parametrize(
+        "arguments", [[], ["demo", "--seed", "-1"], ["demo", "--seed", "x"], ["new-plugin"], ["unknown"]]
+    )
     def test_usage(self, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as exit_:
             main(arguments)
@@ -415,7 +333,8 @@ class TestCommand:
         assert "usage: influence" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
-        "arguments", [["--help"], ["demo", "--help"], ["plugins", "--help"], ["--version"]]
+        "arguments",
+        [["--help"], ["demo", "--help"], ["plugins", "--help"], ["new-plugin", "--help"], ["--version"]],
     )
     def test_help(self, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as exit_:

@@ -21,7 +21,12 @@ from tests.distributions import ask, install
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS, *sorted(ROOT.glob("plugins/*/README.md"))]
-EVERYTHING = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+EVERYTHING = [
+    *PAGES,
+    *sorted(ROOT.glob("examples/*/README.md")),
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+]
 
 
 def title(path: Path) -> str:
@@ -86,16 +91,16 @@ def test_the_readme_finds_the_wrong_label(namespace: dict[str, object]) -> None:
 
 def test_the_plugin_of_the_documentation_can_be_installed(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "plugins.md").read_text()
-    (source,) = (block for block in blocks(text, "python") if block.startswith("# influence_minres.py"))
+    (source,) = (block for block in blocks(text, "python") if block.startswith("# influence_cr.py"))
     (configuration,) = blocks(text, "toml")
     project = tomllib.loads(configuration)["project"]
     assert len(configuration.strip().splitlines()) == 6, "the pages promise six lines"
-    assert project["entry-points"] == {"influence_framework": {"minres": "influence_minres"}}
+    assert project["entry-points"] == {"influence_framework": {"cr": "influence_cr"}}
     site = install(tmp_path / "site", project["name"], source, version=project["version"])
     answer = ask(
         """
         import influence_framework as inf
-        method = inf.solvers["minres"]
+        method = inf.solvers["cr"]
         answer = [method.distribution, method.version, list(method.options), inf.default_registry.failures]
         """,
         site,
@@ -186,6 +191,12 @@ class TestTrust:
 
 class TestPlugins:
     text = (ROOT / "docs" / "plugins.md").read_text()
+
+    def test_the_version_of_the_interface_is_the_present_one(self) -> None:
+        assert re.findall(r"^INFLUENCE_API_VERSION = (\d+)$", self.text, re.MULTILINE) == [
+            str(inf.PLUGIN_API_VERSION)
+        ]
+        assert f"`{hookspecs.API_VERSION_ATTRIBUTE}`" in self.text
 
     @pytest.mark.parametrize(
         "hook", [name for name, thing in vars(hookspecs).items() if name.startswith("register_")]

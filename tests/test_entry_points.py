@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sysconfig
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.distributions import ask, install
-
-ROOT = Path(__file__).parents[1]
+from tests.distributions import ROOT, ask, install, packages
 
 SOLVER = """
 from influence_framework import hookimpl
@@ -99,39 +96,81 @@ def test_the_order_is_fixed_whatever_the_order_on_the_path(tmp_path: Path) -> No
 
 
 THING = solver_module("thing")
+
+NAMED = THING.replace("strength: float = 2.0", "name: str = 'x'").replace("= strength", "= name")
+AUTHORS = "Tell its authors, or uninstall it: pip uninstall {}"
+UPGRADE = (
+    "Upgrade influence-framework: pip install --upgrade influence-framework; or install a version of {} "
+    "written for influence-framework 0.1.0"
+)
+ABSENT = "Install what provides 'a_package_that_is_absent', or uninstall it: pip uninstall {}"
 BROKEN = {
-    "broken-raises": ("raise RuntimeError('not\\n today')", "RuntimeError: not today"),
-    "broken-exits": ("import sys; sys.exit(3)", "it called sys.exit(3) while loading"),
-    "broken-missing": ("import a_package_that_is_absent", "No module named 'a_package_that_is_absent'"),
-    "broken-syntax": ("def (:", "SyntaxError"),
-    "broken-core": ("from influence_framework import of_the_future", "cannot import name 'of_the_future'"),
+    "broken-raises": ("raise RuntimeError('not\\n today')", "RuntimeError: not today", AUTHORS),
+    "broken-exits": ("import sys; sys.exit(3)", "it called sys.exit(3) while loading", AUTHORS),
+    "broken-cancelled": ("raise GeneratorExit('enough')", "GeneratorExit: enough", AUTHORS),
+    "broken-missing": (
+        "import a_package_that_is_absent.part",
+        "No module named 'a_package_that_is_absent'",
+        ABSENT,
+    ),
+    "broken-syntax": ("def (:", "SyntaxError", AUTHORS),
+    "broken-core": (
+        "from influence_framework import of_the_future",
+        "cannot import name 'of_the_future'",
+        UPGRADE,
+    ),
+    "broken-core-module": (
+        "import influence_framework.of_the_future",
+        "No module named 'influence_framework.of_the_future'",
+        UPGRADE,
+    ),
+    "broken-future": (
+        "INFLUENCE_API_VERSION = 7\n" + THING,
+        "it is written for version 7 of the plugin interface, and influence-framework 0.1.0 has version 1",
+        UPGRADE,
+    ),
+    "broken-stated": (
+        "INFLUENCE_API_VERSION = '1'\n" + THING,
+        "its INFLUENCE_API_VERSION must be a positive int such as 1, got '1'",
+        AUTHORS,
+    ),
     "broken-misspelled": (
         THING.replace("register_solvers", "register_solver"),
         "unknown hook 'register_solver' in plugin",
+        AUTHORS,
     ),
     "broken-argument": (
         THING.replace("(register)", "(registry)").replace("register(", "registry("),
         "Argument(s) {'registry'} are declared in the hookimpl but can not be found in the hookspec",
+        AUTHORS,
     ),
-    "broken-undecorated": (THING.replace("@hookimpl", ""), "it implements no hook"),
+    "broken-undecorated": (THING.replace("@hookimpl", ""), "it implements no hook", AUTHORS),
     "broken-instance": (
         THING.replace("ThingSolver)", "ThingSolver())"),
         "'thing' must be registered with a class, got <broken_instance.ThingSolver object",
+        AUTHORS,
     ),
-    "broken-fit": (THING.replace("def fit", "def fitted"), "it has no method 'fit'"),
+    "broken-fit": (THING.replace("def fit", "def fitted"), "it has no method 'fit'", AUTHORS),
     "broken-name": (
         THING.replace('"thing"', '"My-Thing"'),
         "no name for a solver: use a lower-case identifier",
+        AUTHORS,
+    ),
+    "broken-option": (NAMED, "ThingSolver has an option called 'name', which stands for the method", AUTHORS),
+    "broken-early": (
+        "import influence_framework as inf; inf.solvers['first']",
+        "it looks up methods while plugins are loaded",
+        AUTHORS,
     ),
 }
-"""Source of a distribution's module, and what core says is wrong with it."""
+"""Source of a distribution's module, what core says is wrong with it, and the remedy it ends with."""
 
 
 @pytest.fixture(scope="module")
 def survey(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What core says of an environment with every broken distribution and two working ones."""
     site = tmp_path_factory.mktemp("site")
-    for name, (source, _) in BROKEN.items():
+    for name, (source, _, _) in BROKEN.items():
         install(site, name, source, version="0.9")
     install(site, "aaa-working", solver_module("first"))
     install(site, "zzz-working", solver_module("last"))
@@ -143,20 +182,27 @@ def survey(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         )
     (site / "unreadable-1.dist-info" / "METADATA").write_bytes(b"Name: \xff\xfe\n")
     answer: dict[str, Any] = ask(SURVEY, site)
-    return answer
+    return answer | {"site": str(site)}
 
 
 @pytest.mark.parametrize("name", list(BROKEN))
 def test_a_broken_distribution_is_set_aside_with_its_reason(name: str, survey: dict[str, Any]) -> None:
     distribution, version, reason = survey["failures"][name.replace("-", "_")]
     assert (distribution, version) == (name, "0.9")
-    assert BROKEN[name][1] in reason
+    _, wrong, remedy = BROKEN[name]
+    assert wrong in reason
+    assert reason.endswith(f". {remedy.format(name)}")
+    assert "\n" not in reason
 
 
 @pytest.mark.parametrize("name", ["left_over", "unreadable"])
 def test_a_folder_without_metadata_is_set_aside(name: str, survey: dict[str, Any]) -> None:
-    reason = f"ModuleNotFoundError: No module named {name!r}"
-    assert survey["failures"][name] == ["unknown", "unknown", reason]
+    distribution, version, reason = survey["failures"][name]
+    assert (distribution, version) == ("unknown", "unknown")
+    assert reason == (
+        f"ModuleNotFoundError: No module named {name!r}. Install what provides {name!r}, or remove the "
+        f"metadata folder (.dist-info) that declares {name!r} from {survey['site']}"
+    )
 
 
 def test_beside_broken_distributions_the_others_work(survey: dict[str, Any]) -> None:
@@ -165,6 +211,48 @@ def test_beside_broken_distributions_the_others_work(survey: dict[str, Any]) -> 
     assert survey["sources"] == ["empirical_fisher", "gauss_newton", "hessian"]
     assert set(survey["failures"]) == {"left_over", "unreadable", *(name.replace("-", "_") for name in BROKEN)}
     assert survey["order"] == sorted(survey["order"])
+
+
+def test_metadata_without_a_version_does_no_harm(tmp_path: Path) -> None:
+    site = install(tmp_path / "site", "tiny-halving", solver_module("halving"), version=None)
+    install(site, "tiny-broken", "raise OSError('gone')", version=None)
+    answer = ask(
+        """
+        import influence_framework as inf
+        method = inf.solvers["halving"]
+        answer = [method.distribution, method.version, *map(str, inf.default_registry.failures)]
+        """,
+        site,
+    )
+    assert answer == [
+        "tiny-halving",
+        "unknown",
+        "tiny_broken (tiny-broken unknown): OSError: gone. Tell its authors, or uninstall it: pip uninstall "
+        "tiny-broken",
+    ]
+
+
+def test_an_interruption_while_loading_gets_through(tmp_path: Path) -> None:
+    site = install(tmp_path / "site", "tiny-halving", solver_module("halving"))
+    install(site, "tiny-slow", "raise KeyboardInterrupt")
+    answer = ask(
+        """
+        import influence_framework as inf
+        try:
+            list(inf.solvers)
+        except KeyboardInterrupt:
+            answer = "interrupted"
+        """,
+        site,
+    )
+    assert answer == "interrupted"
+
+
+def test_a_stated_interface_is_the_present_one(tmp_path: Path) -> None:
+    source = "INFLUENCE_API_VERSION = 1\n" + solver_module("halving")
+    site = install(tmp_path / "site", "tiny-halving", source)
+    answer = ask("import influence_framework as inf; answer = list(inf.solvers)", site)
+    assert "halving" in answer
 
 
 def test_two_distributions_that_claim_a_name_are_both_named(tmp_path: Path) -> None:
@@ -183,24 +271,28 @@ def test_two_distributions_that_claim_a_name_are_both_named(tmp_path: Path) -> N
             except inf.PluginConflictError as error:
                 answer.append(str(error))
         answer += [inf.solvers["other"].distribution, list(inf.default_registry.conflicts)]
+        mappings = (inf.solvers, inf.hessian_sources)
+        answer.append([*(list(dict(mapping)) for mapping in mappings), inf.default_registry.failures])
         """,
         site,
     )
-    same, source, other, conflicts = answer
+    same, source, other, conflicts, (solvers, sources, failures) = answer
     assert "tiny-one 1.2.3 (SameSolver) and tiny-two 2.0 (SameSolver)" in same
     assert "influence-framework 0.1.0 (GaussNewton) and tiny-bold 1.2.3" in source
+    assert same.endswith(": uninstall tiny-one or tiny-two, or pass an instance of the class you mean.")
+    assert source.endswith(": uninstall tiny-bold, or pass an instance of the class you mean.")
     assert other == "tiny-three"
     assert conflicts == [same, source]
+    assert "other" in solvers
+    assert "same" not in solvers
+    assert sources == ["empirical_fisher", "hessian"]
+    assert failures == []
 
 
 @pytest.fixture(scope="module")
 def core_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The packages of this environment without any plugin, in a folder for ``python -S``."""
-    site = tmp_path_factory.mktemp("core_alone")
-    for scheme in ("purelib", "platlib"):
-        for entry in Path(sysconfig.get_path(scheme)).iterdir():
-            if not entry.name.startswith("influence_framework_") and not (site / entry.name).exists():
-                (site / entry.name).symlink_to(entry)
+    site = packages(tmp_path_factory.mktemp("core_alone"), without="influence_framework_")
     # An editable installation is a .pth file, which python -S does not read.
     if not (site / "influence_framework").exists():
         (site / "influence_framework").symlink_to(ROOT / "influence_framework")

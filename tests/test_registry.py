@@ -1,14 +1,11 @@
-"""Methods by name: what a look-up tells, what a broken plugin breaks, and who owns a name."""
+"""Methods by name: what a look-up tells, and who owns a name."""
 
 from __future__ import annotations
 
 import inspect
-import sys
 import tomllib
-from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,60 +13,22 @@ from torch import nn
 
 import influence_framework as inf
 from influence_framework.registry import OFFICIAL_DISTRIBUTIONS, REQUIRED
+from tests.plugins import Flat, Halving, OtherSolver, Stating, isolated, plugin, solver_plugin, source_plugin
 
 ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.usefixtures("as_user")
 
 
-@dataclass(frozen=True)
-class Halving:
-    """Halves its right-hand sides.
-
-    More about it on further lines.
-
-    Attributes:
-        times: How often.
-    """
-
-    strength: float
-    times: int = 1
-
-    def fit(self, operator: Any, regularization: float) -> Any: ...
+class OnDemand(OtherSolver):
+    requires = property(lambda self: (inf.Diagonal,))
+    fixed = property(lambda self: True)
+    default_source = property(lambda self: "hessian")
 
 
-class Flat:
-    def operator(self, problem: Any, parameters: Any) -> Any: ...
-
-
-class OtherSolver:
-    def fit(self, operator: Any, regularization: float) -> Any: ...
-
-
-def plugin(**hooks: Callable[..., None]) -> SimpleNamespace:
-    """A plugin with these functions as its hooks."""
-    return SimpleNamespace(**{name: inf.hookimpl(function) for name, function in hooks.items()})
-
-
-def solver_plugin(**methods: Any) -> SimpleNamespace:
-    def register_solvers(register: Any) -> None:
-        for name, method in methods.items():
-            register(name, method)
-
-    return plugin(register_solvers=register_solvers)
-
-
-def source_plugin(**methods: Any) -> SimpleNamespace:
-    def register_hessian_sources(register: Any) -> None:
-        for name, method in methods.items():
-            register(name, method)
-
-    return plugin(register_hessian_sources=register_hessian_sources)
-
-
-def isolated(**plugins: Any) -> inf.Registry:
-    """Core's own sources and these plugins, whatever is installed."""
-    return inf.Registry(plugins, installed=False)
+class Selfish(OtherSolver):
+    def __init__(me, self: int) -> None:  # noqa: N805
+        me.value = self
 
 
 class TestLookUp:
@@ -144,6 +103,21 @@ class TestLookUp:
         with pytest.raises(inf.UnknownOptionError, match="needs the option 'strength'"):
             method.create()
 
+    def test_what_a_class_states_about_itself(self) -> None:
+        methods = isolated(mine=solver_plugin(stating=Stating, halving=Halving)).solvers
+        assert (methods["stating"].requires, methods["stating"].fixed) == (("Diagonal", "Trace"), True)
+        assert methods["stating"].default_source == "hessian"
+        assert (methods["halving"].requires, methods["halving"].fixed) == ((), False)
+        assert methods["halving"].default_source is None
+
+    def test_what_depends_on_the_options_is_not_stated_by_the_class(self) -> None:
+        method = isolated(mine=solver_plugin(thing=OnDemand)).solvers["thing"]
+        assert (method.requires, method.fixed, method.default_source) == ((), False, None)
+
+    def test_an_option_may_be_called_self(self) -> None:
+        method = isolated(mine=solver_plugin(thing=Selfish)).solvers["thing"]
+        assert method.create(self=3).value == 3
+
 
 class TestUnknownNames:
     def test_the_message_lists_what_exists_and_suggests_the_nearest(self) -> None:
@@ -201,65 +175,6 @@ class TestUnknownNames:
             registry.solvers["direct"]
 
 
-def exiting(register: Any) -> None:
-    sys.exit("no licence")
-
-
-BROKEN: dict[str, tuple[Any, str]] = {
-    "raises": (plugin(register_solvers=lambda register: 1 / 0), "ZeroDivisionError: division by zero"),
-    "exits": (plugin(register_solvers=exiting), "it called sys.exit('no licence') while loading"),
-    "misspelled_hook": (plugin(register_solver=lambda register: None), "unknown hook 'register_solver'"),
-    "wrong_argument": (plugin(register_solvers=lambda registry: None), "Argument(s) {'registry'}"),
-    "no_hook": (SimpleNamespace(register_solvers=lambda register: None), "it implements no hook"),
-    "no_class": (solver_plugin(thing=3), "'thing' must be registered with a class, got 3"),
-    "instance": (solver_plugin(thing=OtherSolver()), "'thing' must be registered with a class"),
-    "no_fit": (solver_plugin(thing=Flat), "Flat is no solver: it has no method 'fit'"),
-    "no_operator": (
-        source_plugin(thing=OtherSolver),
-        "OtherSolver is no curvature source: it has no method 'operator'",
-    ),
-    "upper_case": (
-        solver_plugin(Thing=Halving),
-        "'Thing' is no name for a solver: use a lower-case identifier",
-    ),
-    "hyphen": (solver_plugin(**{"my-thing": Halving}), "'my-thing' is no name for a solver"),
-    "number": (
-        plugin(register_hessian_sources=lambda register: register(7, Flat)),
-        "7 is no name for a curvature source",
-    ),
-    "half_good": (solver_plugin(fine=Halving, thing=3), "'thing' must be registered with a class"),
-}
-
-
-class TestBrokenPlugins:
-    @pytest.mark.parametrize("name", list(BROKEN))
-    def test_is_set_aside_with_its_reason_and_the_others_work(self, name: str) -> None:
-        broken, reason = BROKEN[name]
-        # On both sides of it in the order of loading.
-        registry = isolated(
-            **{name: broken, "aaa": solver_plugin(first=Halving), "zzz": solver_plugin(last=Halving)}
-        )
-        assert list(registry.solvers) == ["first", "last"]
-        assert list(registry.hessian_sources) == list(isolated().hessian_sources)
-        (failure,) = registry.failures
-        assert (failure.plugin, failure.distribution) == (name, name)
-        assert reason in failure.reason
-        assert "\n" not in failure.reason
-        assert "Traceback" in failure.details
-
-    def test_all_at_once_in_a_fixed_order(self) -> None:
-        plugins = {name: broken for name, (broken, _) in BROKEN.items()}
-        registry = inf.Registry(dict(reversed(plugins.items())), installed=False)
-        assert [failure.plugin for failure in registry.failures] == sorted(BROKEN)
-
-    def test_an_interrupt_is_not_taken_for_a_broken_plugin(self) -> None:
-        def interrupted(register: Any) -> None:
-            raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            list(isolated(mine=plugin(register_solvers=interrupted)).solvers)
-
-
 class TestConflicts:
     def test_two_plugins_that_claim_a_name_are_both_told(self) -> None:
         registry = isolated(one=solver_plugin(same=Halving, left=Halving), two=solver_plugin(same=OtherSolver))
@@ -269,7 +184,25 @@ class TestConflicts:
         assert registry.conflicts == (str(error.value),)
         assert registry.failures == ()
         assert registry.solvers["left"].cls is Halving
-        assert list(registry.solvers) == ["left", "same"]
+
+    def test_it_says_what_to_uninstall_which_is_never_core(self) -> None:
+        registry = isolated(one=solver_plugin(same=Halving), two=solver_plugin(same=OtherSolver))
+        assert registry.conflicts[0].endswith(
+            "uninstall one or two, or pass an instance of the class you mean."
+        )
+        (conflict,) = isolated(bold=source_plugin(hessian=Flat)).conflicts
+        assert conflict.endswith(": uninstall bold, or pass an instance of the class you mean.")
+
+    def test_a_name_in_conflict_is_an_error_only_to_who_asks_for_it(self) -> None:
+        solvers = isolated(
+            one=solver_plugin(same=Halving, left=Halving), two=solver_plugin(same=OtherSolver)
+        ).solvers
+        assert {name: method.cls for name, method in dict(solvers).items()} == {"left": Halving}
+        assert (list(solvers), len(solvers), repr(solvers)) == (["left"], 1, "<solvers: left>")
+        assert "same" not in solvers
+        for ask in (solvers.__getitem__, solvers.get):
+            with pytest.raises(inf.PluginConflictError):
+                ask("same")
 
     def test_a_built_in_name_can_not_be_taken_over(self) -> None:
         registry = isolated(bold=source_plugin(hessian=Flat, flat=Flat))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import sys
 import time
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 
-from influence_framework.cli.plugins import overview
+from influence_framework.cli.new_plugin import new_plugin
+from influence_framework.cli.plugins import as_json, overview
 from influence_framework.errors import InfluenceError, InvalidInputError
+from influence_framework.loading import core_version
 from influence_framework.registry import default_registry
 
 PAGE = "influence-demo.html"
@@ -43,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _plugins(arguments)
         elif arguments.command == "check":
             status = _check(arguments)
+        elif arguments.command == "new-plugin":
+            _new_plugin(arguments)
         else:
             _demo(arguments)
         sys.stdout.flush()
@@ -64,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="influence",
         description="Which training points pushed a PyTorch model towards or away from a prediction.",
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {core_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     plugins = commands.add_parser(
@@ -72,7 +76,33 @@ def _parser() -> argparse.ArgumentParser:
         help="list the installed solvers and curvature sources",
         description="List the installed solvers and curvature sources, and the plugins that do not work.",
     )
-    plugins.add_argument("-v", "--verbose", action="store_true", help="list options and their defaults too")
+    plugins.add_argument(
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="list options with their defaults, and what each method needs and is made for",
+    )
+    plugins.add_argument(
+        "--tracebacks", action="store_true", help="show in full where each plugin that failed did so"
+    )
+    plugins.add_argument("--json", action="store_true", help="print all of it as JSON")
+
+    create = commands.add_parser(
+        "new-plugin",
+        help="write a plugin of your own to start from",
+        description=(
+            "Write a package with a working solver, its tests and the entry point by which it is found. "
+            "Replace the solver by your own method."
+        ),
+    )
+    create.add_argument("name", metavar="NAME", help="of the solver, such as my_method")
+    create.add_argument(
+        "--directory",
+        type=Path,
+        default=Path(),
+        metavar="D",
+        help="where the folder of the package goes (default: here)",
+    )
 
     check = commands.add_parser(
         "check",
@@ -122,13 +152,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _version() -> str:
-    try:
-        return metadata.version("influence-framework")
-    except metadata.PackageNotFoundError:
-        return "unknown"
-
-
 def _seed(text: str) -> int:
     seed = int(text)
     if not 0 <= seed < 2**63:
@@ -138,7 +161,17 @@ def _seed(text: str) -> int:
 
 def _plugins(arguments: argparse.Namespace) -> None:
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    print(overview(default_registry, verbose=arguments.verbose, width=width))
+    if arguments.json:
+        print(as_json(default_registry))
+        return
+    text = overview(default_registry, verbose=arguments.verbose, tracebacks=arguments.tracebacks, width=width)
+    print(text)
+
+
+def _new_plugin(arguments: argparse.Namespace) -> None:
+    folder = new_plugin(arguments.name, arguments.directory)
+    place = shlex.quote(str(folder))
+    print(f"Wrote {folder}. Next:\n  pip install --editable {place}\n  influence check {arguments.name}")
 
 
 def _check(arguments: argparse.Namespace) -> int:
