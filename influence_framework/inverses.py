@@ -130,8 +130,11 @@ def relative_residuals(
 ) -> Float[Tensor, " k"]:
     """``‖b − (C + λI)x‖ / ‖b‖`` of each column, at the cost of one product; 0 where ``b = x = 0``."""
     remainder = torch.sub(columns - operator @ value, value, alpha=regularization)
-    norms = torch.linalg.vector_norm(remainder, dim=0, dtype=torch.float64)
-    scale = torch.linalg.vector_norm(columns, dim=0, dtype=torch.float64)
+    # Squares of tiny entries would be zero, and those of huge ones infinite.
+    unit = columns.abs().amax(dim=0)
+    unit = torch.where((unit > 0) & torch.isfinite(unit), unit, 1.0)
+    norms = torch.linalg.vector_norm(remainder / unit, dim=0, dtype=torch.float64)
+    scale = torch.linalg.vector_norm(columns / unit, dim=0, dtype=torch.float64)
     return torch.where(norms == 0, 0.0, norms / scale)
 
 

@@ -27,6 +27,7 @@ from influence_framework import (
     from_scipy,
     to_scipy,
 )
+from influence_framework.inverses import relative_residuals
 from influence_framework.operators import (
     ScaledOperator,
     ShiftedOperator,
@@ -329,3 +330,12 @@ def test_solving_through_the_bridge() -> None:
     solution, code = scipy.sparse.linalg.cg(to_scipy(shifted), rhs.numpy(), rtol=1e-12)
     assert code == 0
     assert_close(shifted @ torch.from_numpy(solution), rhs, 1e-10)
+
+
+@pytest.mark.parametrize("size", [1e-250, 1e-3, 1e200])
+def test_relative_residuals_are_those_of_right_hand_sides_of_any_size(size: float) -> None:
+    operator = DenseOperator(torch.diag(torch.tensor([1.0, 3.0], dtype=torch.float64)))
+    columns = size * torch.tensor([[1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    value = columns / torch.tensor([[2.0], [8.0]], dtype=torch.float64)
+    found = relative_residuals(operator, 1.0, value, columns)
+    torch.testing.assert_close(found, torch.tensor([0.5 / 2**0.5, 0.0], dtype=torch.float64))

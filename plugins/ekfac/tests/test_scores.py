@@ -287,3 +287,21 @@ def test_steps_double() -> None:
     stair = (make_filter(1 / (spectrum(1, 100, 20, last=-1) + 1e-6), 1e-4, torch.float64).stairs or ())[0]
     sizes = [step.rows.stop - step.rows.start for step in stair.steps]
     assert sizes[:3] == [filters.FIRST_STEP * 2**k for k in range(3)]
+
+
+def test_a_net_whose_curvature_is_the_same_everywhere_needs_no_stairs() -> None:
+    """With equal weights all hidden units are alike, and λ outweighs what is left: the filter is a constant."""
+    net = nn.Sequential(nn.Linear(4, 5, bias=False), nn.Tanh(), nn.Linear(5, 3)).double().eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.fill_(0.1)
+    x, y = normal(60, 4, seed=1), torch.arange(60) % 3
+    for strength in (1e-2, 1e3):
+        model = inf.compose(
+            net,
+            nn.CrossEntropyLoss(),
+            solver={"name": "ekfac", "samples": "exact"},
+            hessian_regularization=strength,
+        ).fit([(x, y)])
+        expected = model.influence_factors(x, y) @ reference.gradients(net, nn.CrossEntropyLoss(), [(x, y)]).T
+        assert_close(model.influences(x, y), expected, 1e-4)
