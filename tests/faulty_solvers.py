@@ -224,10 +224,11 @@ class WritesToItsInputInverse(ExactInverse):
 
 @dataclass(frozen=True, eq=False)
 class HandsOutItsMemoryInverse(ExactInverse):
-    kept: dict[bytes, Tensor] = field(default_factory=dict)
+    kept: dict[tuple[float, bytes], Tensor] = field(default_factory=dict)
 
     def _matmat(self, columns: Tensor) -> Tensor:
-        return self.kept.setdefault(columns.numpy().tobytes(), super()._matmat(columns))
+        question = (self.regularization, columns.numpy().tobytes())
+        return self.kept.setdefault(question, super()._matmat(columns))
 
 
 # Faults of what is said of a solution.
