@@ -24,6 +24,7 @@ from influence_framework.errors import (
     NotFittedError,
     PluginConflictError,
     PluginError,
+    PreflightWarning,
     SingularOperatorError,
     UnknownMethodError,
     UnknownOptionError,
@@ -39,6 +40,7 @@ from influence_framework.operators import (
     Operator,
 )
 from influence_framework.parameters import Blocks, ParameterSpace
+from influence_framework.preflight import BlockPreflight, Preflight
 from influence_framework.problem import Problem
 from influence_framework.protocols import (
     Dense,
@@ -65,6 +67,7 @@ from influence_framework.regularization import RelativeRegularization
 
 __all__ = [
     "BlockDiagonalOperator",
+    "BlockPreflight",
     "Blocks",
     "ConvergenceWarning",
     "Dense",
@@ -93,6 +96,8 @@ __all__ = [
     "PluginConflictError",
     "PluginError",
     "Preconditioning",
+    "Preflight",
+    "PreflightWarning",
     "Problem",
     "Registry",
     "RelativeRegularization",

@@ -31,6 +31,7 @@ def compose(
     blocks: str | Mapping[str, Sequence[str]] = "full",
     hessian_regularization: Regularization = 0.0,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    preflight: bool = True,
     registry: Registry = default_registry,
 ) -> TorchInfluenceFunctionModel:
     """An influence model put together by name, not fitted yet.
@@ -47,6 +48,7 @@ def compose(
         hessian_regularization: λ of ``(C + λI)⁻¹``, in the units of the curvature of the *mean* loss; one
             number, or one per block name; ``RelativeRegularization(0.1)`` is a tenth of the mean eigenvalue.
         memory_budget: Bytes for caches and intermediate results beside model, data and results.
+        preflight: Look, before every fit, for parameters without effect and for a λ far outside the spectrum.
         registry: Where names are looked up.
 
     Raises:
@@ -65,6 +67,7 @@ def compose(
         blocks=blocks,
         hessian_regularization=hessian_regularization,
         memory_budget=memory_budget,
+        preflight=preflight,
     )
 
 

@@ -64,6 +64,10 @@ class ConvergenceWarning(UserWarning):
     """Some right-hand sides were not solved to the tolerance asked for."""
 
 
+class PreflightWarning(UserWarning):
+    """Something about model, data or λ that can hardly be meant, found before the fit."""
+
+
 class IndefiniteOperatorWarning(UserWarning):
     """``C + λI`` is not positive definite where the theory wants it to be."""
 

@@ -24,6 +24,7 @@ from influence_framework.gradients import (
 from influence_framework.layer_scores import LayerScorer, suits
 from influence_framework.operators import require_capabilities
 from influence_framework.parameters import Blocks
+from influence_framework.preflight import Preflight
 from influence_framework.problem import Problem
 from influence_framework.protocols import (
     HessianSource,
@@ -118,11 +119,13 @@ class Fitted:
         problem: Model, objective and data.
         blocks: By name, in the order of the parameters.
         state: The model's parameters and buffers as they were, to notice that it was trained on.
+        preflight: What was found out beforehand.
     """
 
     problem: Problem
     blocks: dict[str, FittedBlock]
     state: dict[str, Tensor]
+    preflight: Preflight
 
     @classmethod
     def fit(
@@ -132,14 +135,17 @@ class Fitted:
         source: HessianSource,
         solver: Solver,
         regularization: Mapping[str, Strength],
+        *,
+        probe: bool = True,
     ) -> Self:
-        """One inverse per block."""
+        """One inverse per block; ``probe`` as in :meth:`Preflight.of`."""
         parts = {name: problem.parameters.subset(names) for name, names in blocks.items()}
         operators = {name: source.operator(problem, part) for name, part in parts.items()}
         places = {name: problem.parameters.indices_of(part) for name, part in parts.items()}
         for operator in operators.values():
             require_capabilities(type(solver).__name__, operator, getattr(solver, "requires", ()))
         strengths = {name: absolute(regularization[name], op, name) for name, op in operators.items()}
+        preflight = Preflight.of(problem, parts, source, strengths, probe=probe)
         if isinstance(solver, JointSolver):
             inverses = solver.fit_jointly(operators, strengths)
         else:
@@ -148,14 +154,14 @@ class Fitted:
             name: FittedBlock.of(name, places[name], operator, solver, inverses[name])
             for name, operator in operators.items()
         }
-        return cls(problem, fitted, model_state(problem.model))
+        return cls(problem, fitted, model_state(problem.model), preflight)
 
     def with_regularization(self, regularization: Mapping[str, Strength]) -> Self:
         """The same at another λ per block."""
         with random_state_kept():
             strengths = self._absolute(regularization)
             blocks = {name: block.with_regularization(strengths[name]) for name, block in self.blocks.items()}
-        return replace(self, blocks=blocks)
+        return replace(self, blocks=blocks, preflight=self.preflight.at(strengths))
 
     def _absolute(self, regularization: Mapping[str, Strength]) -> dict[str, float]:
         return {

@@ -16,6 +16,7 @@ from influence_framework.errors import InvalidInputError, NotFittedError
 from influence_framework.fitted import Fitted
 from influence_framework.objective import Loss, Objective
 from influence_framework.parameters import Blocks
+from influence_framework.preflight import Preflight
 from influence_framework.problem import DEFAULT_MEMORY_BUDGET, Problem
 from influence_framework.protocols import HessianSource, InfluenceMode, InverseOperator, Solver
 from influence_framework.regularization import (
@@ -53,6 +54,8 @@ class TorchInfluenceFunctionModel:
         hessian_regularization: λ, one number or one per block name; a :class:`RelativeRegularization` stands
             for a fraction of the mean eigenvalue.
         memory_budget: Bytes for caches and intermediate results beside model, data and results.
+        preflight: Look, before every fit, for parameters without effect and for a λ far outside the spectrum;
+            see :attr:`preflight` for what was found.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class TorchInfluenceFunctionModel:
         blocks: str | Mapping[str, Sequence[str]] = "full",
         hessian_regularization: Regularization = 0.0,
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
+        preflight: bool = True,
     ) -> None:
         if memory_budget <= 0:
             raise InvalidInputError(f"memory_budget is a positive number of bytes, got {memory_budget}.")
@@ -76,6 +80,7 @@ class TorchInfluenceFunctionModel:
         self.blocks = blocks
         self.hessian_regularization = hessian_regularization
         self.memory_budget = memory_budget
+        self._probe = preflight
         self._fit: Fitted | None = None
 
     def __repr__(self) -> str:
@@ -96,6 +101,11 @@ class TorchInfluenceFunctionModel:
         """The inverse fitted for each block, by name, with whatever its solver lets one see of it."""
         return {name: block.inverse for name, block in self._fitted().blocks.items()}
 
+    @property
+    def preflight(self) -> Preflight:
+        """What the last :meth:`fit` found out beforehand; printed, it is a table."""
+        return self._fitted().preflight
+
     def fit(self, data: Iterable[Batch]) -> Self:
         """Read the training data and fit one inverse per block.
 
@@ -108,12 +118,15 @@ class TorchInfluenceFunctionModel:
         Raises:
             InvalidInputError: Data, model, loss, blocks or λ do not fit together.
             MissingCapabilityError: The solver needs what the source does not offer.
+
+        Warns:
+            PreflightWarning: Parameters that the loss does not depend on; a λ far outside the spectrum.
         """
         with random_state_kept():
             problem = Problem.build(self.model, self.loss, data, memory_budget=self.memory_budget)
             blocks = Blocks.resolve(self.blocks, problem.parameters)
             strengths = per_block(self.hessian_regularization, blocks)
-            self._fit = Fitted.fit(problem, blocks, self.source, self.solver, strengths)
+            self._fit = Fitted.fit(problem, blocks, self.source, self.solver, strengths, probe=self._probe)
         return self
 
     def with_regularization(self, hessian_regularization: Regularization) -> Self:

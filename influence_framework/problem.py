@@ -288,6 +288,18 @@ class Problem:
                 "must yield the same samples on every pass."
             )
 
+    def first(self, count: int) -> Self:
+        """The same problem on its first ``count`` samples, held in memory, or on all where there are no more."""
+        kept: list[Batch] = []
+        size = 0
+        for batch, _ in self.batches():
+            part = take(batch, slice(0, count - size))
+            kept.append(part)
+            size += self.objective.size(part)
+            if size >= count:
+                break
+        return replace(self, data=kept, cached=True, size=size)
+
     def random_batches(self, generator: torch.Generator) -> Iterator[tuple[Batch, int]]:
         """Endless mini-batches, each sample once a pass.
 
