@@ -75,7 +75,7 @@ class BlockPreflight:
 
     @property
     def suggested(self) -> tuple[float, float] | None:
-        """λ between which ``C`` decides and rounding does not; ``None`` where nothing is known, or ``C`` is zero.
+        """λ between which ``C`` decides and rounding does not; ``None`` where ``C`` is zero or not looked at.
 
         From ``√eps`` of the largest eigenvalue, or from twice the magnitude of a negative one if that is
         more, up to the largest eigenvalue, or twice the lower end.
@@ -102,9 +102,8 @@ class BlockPreflight:
         return self.indefinite and self.smallest is not None and 0 < self.regularization <= -self.smallest
 
     def __str__(self) -> str:
-        known = (
-            "" if self.smallest is None else f", eigenvalues found {self.smallest:.2g} to {self.largest:.2g}"
-        )
+        found = None if self.scale is None else f"{self.smallest:.2g} to {self.largest:.2g}"
+        known = "" if found is None else f", eigenvalues found {found}"
         advice = "" if self.suggested is None else ", try {:.1e} to {:.1e}".format(*self.suggested)
         return f"λ = {self.regularization:.3g}{known}{advice}"
 
@@ -222,7 +221,7 @@ class Preflight:
     def _warn_of_regularization(self) -> None:
         findings = {
             "is so far above the curvature that scores are hardly more than ∇ℓᵀ∇ℓ/λ: lower it": "above",
-            "is below the rounding of the largest eigenvalue, as if it were 0: raise it, or use float64": "below",
+            "is lost in the rounding of the largest eigenvalue: raise it, or use float64": "below",
             "does not make up for a negative eigenvalue, so that solvers for positive definite matrices fail: "
             "raise it, or use the source 'gauss_newton'": "exceeded",
         }
