@@ -46,6 +46,10 @@ class MissingCapabilityError(InfluenceError, TypeError):
     """A solver needs something of its operator that the operator does not offer."""
 
 
+class OutOfMemoryError(InfluenceError, MemoryError):
+    """There was not enough memory; the message names the options that would help."""
+
+
 class SingularOperatorError(InfluenceError, ArithmeticError):
     """``C + λI`` is singular, or too badly conditioned for its dtype.
 

@@ -31,6 +31,7 @@ from influence_framework.protocols import (
     InfluenceMode,
     InverseOperator,
     JointSolver,
+    LayerStatistics,
     LinearOperator,
     Reregularizable,
     Solution,
@@ -145,7 +146,9 @@ class Fitted:
         for operator in operators.values():
             require_capabilities(type(solver).__name__, operator, getattr(solver, "requires", ()))
         strengths = {name: absolute(regularization[name], op, name) for name, op in operators.items()}
-        preflight = Preflight.of(problem, parts, source, strengths, probe=probe)
+        # Second moments of gradients, whatever the sign of the operator's own eigenvalues.
+        definite = LayerStatistics in getattr(solver, "requires", ())
+        preflight = Preflight.of(problem, parts, source, strengths, definite=definite, probe=probe)
         if isinstance(solver, JointSolver):
             inverses = solver.fit_jointly(operators, strengths)
         else:

@@ -14,6 +14,7 @@ from influence_framework.data import Batch, detached, random_state_kept, split
 from influence_framework.devices import to_device
 from influence_framework.errors import InvalidInputError, NotFittedError
 from influence_framework.fitted import Fitted
+from influence_framework.memory import advises_on_memory
 from influence_framework.objective import Loss, Objective
 from influence_framework.parameters import Blocks
 from influence_framework.preflight import Preflight
@@ -106,6 +107,7 @@ class TorchInfluenceFunctionModel:
         """What the last :meth:`fit` found out beforehand; printed, it is a table."""
         return self._fitted().preflight
 
+    @advises_on_memory(points=False)
     def fit(self, data: Iterable[Batch]) -> Self:
         """Read the training data and fit one inverse per block.
 
@@ -129,6 +131,7 @@ class TorchInfluenceFunctionModel:
             self._fit = Fitted.fit(problem, blocks, self.source, self.solver, strengths, probe=self._probe)
         return self
 
+    @advises_on_memory(points=False)
     def with_regularization(self, hessian_regularization: Regularization) -> Self:
         """The same model at another λ; this one stays as it is.
 
@@ -143,6 +146,7 @@ class TorchInfluenceFunctionModel:
             other._fit = self._fit.with_regularization(strengths)
         return other
 
+    @advises_on_memory(points=False)
     def to(self, device: torch.device | str) -> Self:
         """Move the model (in place, like ``nn.Module.to``) and all that was fitted; returns itself."""
         device = torch.device(device)
@@ -151,6 +155,7 @@ class TorchInfluenceFunctionModel:
         self._fit = fitted
         return self
 
+    @advises_on_memory(points=True)
     def influences(
         self,
         x_test: Any,
@@ -180,6 +185,7 @@ class TorchInfluenceFunctionModel:
         """
         return self._total(self.influences_by_block(x_test, y_test, x, y, mode))
 
+    @advises_on_memory(points=True)
     def influences_by_block(
         self,
         x_test: Any,
@@ -194,6 +200,7 @@ class TorchInfluenceFunctionModel:
         with random_state_kept():
             return fitted.scores(test, train, mode)
 
+    @advises_on_memory(points=True)
     def self_influences(self, x: Any, y: Any) -> Float[Tensor, " n"]:
         """``∇ℓ(z)ᵀ (C + λI)⁻¹ ∇ℓ(z)`` of every point: its influence on its own loss, ``(n,)``.
 
@@ -207,6 +214,7 @@ class TorchInfluenceFunctionModel:
         """
         return self._total(self.self_influences_by_block(x, y))
 
+    @advises_on_memory(points=True)
     def self_influences_by_block(self, x: Any, y: Any) -> dict[str, Tensor]:
         """Each block's part of :meth:`self_influences`; they add up to it."""
         fitted = self._fitted()
@@ -214,6 +222,7 @@ class TorchInfluenceFunctionModel:
         with random_state_kept():
             return fitted.self_scores(batch)
 
+    @advises_on_memory(points=True)
     def explore_hessian_regularization(
         self,
         x: Any,
@@ -254,6 +263,7 @@ class TorchInfluenceFunctionModel:
         with random_state_kept():
             return fitted.sweep(test, train, mode, list(dict.fromkeys(regularization_values)))
 
+    @advises_on_memory(points=True)
     def influence_factors(self, x: Any, y: Any) -> Float[Tensor, "n P"]:
         """``(C + λI)⁻¹ ∇ℓ(z)`` of every point, one row each, in the order of the flat vector.
 
@@ -263,6 +273,7 @@ class TorchInfluenceFunctionModel:
         """
         return self._fitted().assemble(self.influence_factors_by_block(x, y))
 
+    @advises_on_memory(points=True)
     def influence_factors_by_block(self, x: Any, y: Any) -> dict[str, Tensor]:
         """Each block's columns ``(n, P_block)`` of :meth:`influence_factors`."""
         fitted = self._fitted()
@@ -270,6 +281,7 @@ class TorchInfluenceFunctionModel:
         with random_state_kept():
             return fitted.factors(batch)
 
+    @advises_on_memory(points=True)
     def influences_from_factors(
         self,
         z_test_factors: Float[Tensor, "m P"],
@@ -296,6 +308,7 @@ class TorchInfluenceFunctionModel:
         with random_state_kept():
             return fitted.contract_whole(z_test_factors, train, mode)
 
+    @advises_on_memory(points=True)
     def influences_from_factors_by_block(
         self,
         z_test_factors: Mapping[str, Tensor],

@@ -55,8 +55,8 @@ class BlockPreflight:
         precision: ``eps`` of the dtype.
         smallest: Smallest eigenvalue found.
         largest: Largest eigenvalue found.
-        indefinite: Whether ``smallest`` is negative beyond rounding, of an operator that is not known to
-            be positive semidefinite.
+        indefinite: Whether ``smallest`` is negative beyond rounding, where neither the operator is known to be
+            positive semidefinite nor the solver to make it so.
     """
 
     parameters: int
@@ -141,6 +141,7 @@ class Preflight:
         source: HessianSource,
         regularization: Mapping[str, float],
         *,
+        definite: bool = False,
         probe: bool = True,
     ) -> Self:
         """Look at the parameters and at the spectrum of each block, and warn of what cannot be meant.
@@ -156,6 +157,7 @@ class Preflight:
             parts: Parameters of each block.
             source: The curvature.
             regularization: λ of each block.
+            definite: Whether the solver makes something positive semidefinite of any operator.
             probe: Also what takes derivatives: parameters without effect, and eigenvalues.
 
         Raises:
@@ -178,7 +180,10 @@ class Preflight:
                 few = few.first(count)
                 tried = few.size
                 for name in chosen:
-                    blocks[name] = _with_spectrum(blocks[name], source.operator(few, parts[name]), steps)
+                    if set(parts[name].names) <= {*unreachable, *idle}:
+                        continue  # said already; its curvature is zero
+                    operator = source.operator(few, parts[name])
+                    blocks[name] = _with_spectrum(blocks[name], operator, steps, definite)
         found = cls(
             parameters=problem.parameters.numel,
             total=sum(p.numel() for p in problem.model.parameters()),
@@ -220,7 +225,8 @@ class Preflight:
 
     def _warn_of_regularization(self) -> None:
         findings = {
-            "is so far above the curvature that scores are hardly more than ∇ℓᵀ∇ℓ/λ: lower it": "above",
+            "is so far above the curvature that scores are hardly more than ∇ℓᵀ∇ℓ/λ: lower it, or "
+            "use another source if the curvature is zero": "above",
             "is lost in the rounding of the largest eigenvalue: raise it, or use float64": "below",
             "does not make up for a negative eigenvalue, so that solvers for positive definite matrices fail: "
             "raise it, or use the source 'gauss_newton'": "exceeded",
@@ -276,11 +282,13 @@ def _affordable(problem: Problem, products: int) -> int:
     return min(SAMPLES, max(4, free, problem.size // (SHARE * products)))
 
 
-def _with_spectrum(block: BlockPreflight, operator: LinearOperator, steps: int) -> BlockPreflight:
+def _with_spectrum(
+    block: BlockPreflight, operator: LinearOperator, steps: int, definite: bool
+) -> BlockPreflight:
     smallest, largest = ritz_values(operator, steps)
     negative = smallest < -NOISE * block.precision * max(abs(smallest), abs(largest))
     # Asked last: some operators run the model to answer it.
-    indefinite = negative and not getattr(operator, "positive_semidefinite", False)
+    indefinite = negative and not definite and not getattr(operator, "positive_semidefinite", False)
     return replace(block, smallest=smallest, largest=largest, indefinite=indefinite)
 
 

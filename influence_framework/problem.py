@@ -31,6 +31,7 @@ from influence_framework.data import (
 )
 from influence_framework.derivatives import has_second_derivatives
 from influence_framework.errors import InvalidInputError, NonFiniteError
+from influence_framework.memory import is_out_of_memory
 from influence_framework.objective import Loss, Objective, SupervisedObjective
 from influence_framework.parameters import ParameterSpace
 
@@ -238,7 +239,9 @@ class Problem:
         try:
             with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
                 self.mean_loss(parameters, batch)
-        except RuntimeError:  # torch.func inside the model does not allow these hooks
+        except RuntimeError as error:  # torch.func inside the model does not allow these hooks
+            if is_out_of_memory(error):
+                raise
             return 32 * nbytes(batch)
         for tensor in self.model.parameters():
             seen.pop(tensor.data_ptr(), None)
