@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -47,7 +48,8 @@ class BlockPreflight:
 
     ``smallest`` and ``largest`` are Ritz values: they lie within the spectrum of the curvature of the
     samples tried, whose own may reach further than that of all data, or less far. ``None`` where they were
-    not estimated.
+    not estimated: blocks beyond the eight largest, or without effect on the loss; models without second
+    derivatives; products that overflow.
 
     Attributes:
         parameters: Elements of the flat vector in this block.
@@ -159,9 +161,6 @@ class Preflight:
             regularization: λ of each block.
             definite: Whether the solver makes something positive semidefinite of any operator.
             probe: Also what takes derivatives: parameters without effect, and eigenvalues.
-
-        Raises:
-            NonFiniteError: A curvature product with NaN or infinity in it.
         """
         precision = torch.finfo(problem.parameters.dtype).eps
         blocks = {
@@ -182,8 +181,9 @@ class Preflight:
                 for name in chosen:
                     if set(parts[name].names) <= {*unreachable, *idle}:
                         continue  # said already; its curvature is zero
-                    operator = source.operator(few, parts[name])
-                    blocks[name] = _with_spectrum(blocks[name], operator, steps, definite)
+                    with suppress(NonFiniteError):  # a solver that needs products raises it in its turn
+                        operator = source.operator(few, parts[name])
+                        blocks[name] = _with_spectrum(blocks[name], operator, steps, definite)
         found = cls(
             parameters=problem.parameters.numel,
             total=sum(p.numel() for p in problem.model.parameters()),
@@ -305,7 +305,8 @@ def ritz_values(operator: LinearOperator, steps: int) -> tuple[float, float]:
     """
     generator = torch.Generator("cpu").manual_seed(0)
     start = torch.randn(operator.shape[0], generator=generator, dtype=torch.float32, device="cpu")
-    vector = (start / torch.linalg.vector_norm(start)).to(operator.device, operator.dtype)
+    vector = start.to(operator.device, operator.dtype)
+    vector /= torch.linalg.vector_norm(vector)
     previous = torch.zeros_like(vector)
     diagonal: list[float] = []
     beside: list[float] = []
