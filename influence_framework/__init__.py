@@ -25,8 +25,10 @@ from influence_framework.errors import (
     MissingCapabilityError,
     NonFiniteError,
     NotFittedError,
+    OutOfMemoryError,
     PluginConflictError,
     PluginError,
+    PreflightWarning,
     SingularOperatorError,
     UnknownMethodError,
     UnknownOptionError,
@@ -43,6 +45,7 @@ from influence_framework.operators import (
     Operator,
 )
 from influence_framework.parameters import Blocks, ParameterSpace
+from influence_framework.preflight import BlockPreflight, Preflight
 from influence_framework.problem import Problem
 from influence_framework.protocols import (
     Dense,
@@ -73,6 +76,7 @@ from influence_framework.reports import BlockReport, SolveReport
 __all__ = [
     "PLUGIN_API_VERSION",
     "BlockDiagonalOperator",
+    "BlockPreflight",
     "BlockReport",
     "Blocks",
     "BoundedScores",
@@ -101,11 +105,14 @@ __all__ = [
     "NotFittedError",
     "Objective",
     "Operator",
+    "OutOfMemoryError",
     "Output",
     "ParameterSpace",
     "PluginConflictError",
     "PluginError",
     "Preconditioning",
+    "Preflight",
+    "PreflightWarning",
     "Problem",
     "RefinedSolver",
     "Registry",

@@ -34,6 +34,7 @@ def compose(
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
     refine: Spec | Solver | None = None,
     on_failure: str = "warn",
+    preflight: bool = True,
     registry: Registry = default_registry,
 ) -> TorchInfluenceFunctionModel:
     """An influence model put together by name, not fitted yet.
@@ -53,6 +54,7 @@ def compose(
         refine: A solver that starts from what ``solver`` gives, with it as its preconditioner, and measures
             residuals: ``{"name": "cg", "maxiter": 10}`` turns a cheap approximation into an exact method.
         on_failure: ``"raise"``, ``"warn"`` or ``"ignore"`` right-hand sides that were not solved.
+        preflight: Look, before every fit, for parameters without effect and for a λ far outside the spectrum.
         registry: Where names are looked up.
 
     Raises:
@@ -74,6 +76,7 @@ def compose(
         hessian_regularization=hessian_regularization,
         memory_budget=memory_budget,
         on_failure=on_failure,
+        preflight=preflight,
     )
 
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -99,6 +99,64 @@ def _concatenate(group: Sequence[Batch]) -> Batch:
 def nbytes(batch: Batch) -> int:
     """Memory of all tensors of a batch."""
     return sum(tensor.numel() * tensor.element_size() for tensor in leaves(batch))
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a pass held, in whatever order its samples came and however they were cut into batches.
+
+    ``Σ s`` and ``Σ s²`` over the samples, with ``s`` the product of a sample's entries with fixed weights,
+    over all its tensors. In float32 one other sample among a hundred thousand shows, and roundings do not.
+
+    Attributes:
+        size: Number of samples.
+        sums: ``(Σ s, Σ s²)``.
+        scales: ``(Σ r, Σ r²)`` with ``r`` the norm of a sample, against which sums are compared.
+        precision: The coarsest ``eps`` of the tensors.
+    """
+
+    size: int = 0
+    sums: tuple[float, float] = (0.0, 0.0)
+    scales: tuple[float, float] = (0.0, 0.0)
+    precision: float = 0.0
+
+    @classmethod
+    def of(cls, batch: Batch, size: int) -> Self:
+        """Of one batch of ``size`` samples."""
+        products = norms = torch.zeros(size, dtype=torch.float64, device="cpu")
+        precision = 0.0
+        for position, tensor in enumerate(leaves(batch)):
+            rows = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(size, -1)
+            if not rows.is_floating_point() or rows.element_size() < 4:
+                rows = rows.to(torch.float32)
+            # Different for every entry, and for the same entry of two tensors.
+            weights = (
+                torch.arange(1, rows.shape[1] + 1, dtype=rows.dtype, device=rows.device).add(position).sin()
+            )
+            products = products + (rows @ weights).to("cpu", torch.float64)
+            norms = norms + torch.linalg.vector_norm(rows, dim=1).to("cpu", torch.float64)
+            precision = max(precision, torch.finfo(rows.dtype).eps)
+        return cls(
+            size,
+            (float(products.sum()), float(products.square().sum())),
+            (float(norms.sum()), float(norms.square().sum())),
+            precision,
+        )
+
+    def __add__(self, other: Fingerprint) -> Fingerprint:
+        return Fingerprint(
+            self.size + other.size,
+            (self.sums[0] + other.sums[0], self.sums[1] + other.sums[1]),
+            (self.scales[0] + other.scales[0], self.scales[1] + other.scales[1]),
+            max(self.precision, other.precision),
+        )
+
+    def agrees(self, other: Fingerprint) -> bool:
+        """Whether the two passes held the same samples, roundings aside."""
+        return self.size == other.size and all(
+            abs(mine - others) <= 64 * self.precision * scale
+            for mine, others, scale in zip(self.sums, other.sums, self.scales, strict=True)
+        )
 
 
 def check_reiterable(data: Any) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from influence_framework.memory import is_out_of_memory
+
 
 def pull_back(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], rows: Sequence[Tensor]
@@ -77,7 +79,9 @@ def has_second_derivatives(outputs: Tensor, losses: Tensor, leaves: Sequence[Ten
     try:
         of_outputs, scale = _adjoint_gap(outputs, leaves)
         of_losses, loss_scale = _adjoint_gap(losses, leaves)
-    except RuntimeError:
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         return False
     # Far above rounding; a part that is missing from J moves the gap by about its own norm. Where a model
     # fits its data, the gradients of losses are rounding errors of those of outputs. Gradients with NaN or

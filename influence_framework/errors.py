@@ -50,6 +50,10 @@ class MissingCapabilityError(InfluenceError, TypeError):
     """A solver needs something of its operator that the operator does not offer."""
 
 
+class OutOfMemoryError(InfluenceError, MemoryError):
+    """There was not enough memory; the message names the options that would help."""
+
+
 class SingularOperatorError(InfluenceError, ArithmeticError):
     """``C + λI`` is singular, or too badly conditioned for its dtype.
 
@@ -78,6 +82,10 @@ class ConvergenceError(InfluenceError, ArithmeticError):
 
 class ConvergenceWarning(UserWarning):
     """Some right-hand sides were not solved to the tolerance asked for."""
+
+
+class PreflightWarning(UserWarning):
+    """Something about model, data or λ that can hardly be meant, found before the fit."""
 
 
 class IndefiniteOperatorWarning(UserWarning):

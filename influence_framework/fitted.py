@@ -27,12 +27,14 @@ from influence_framework.inverses import relative_residuals
 from influence_framework.layer_scores import LayerScorer, suits
 from influence_framework.operators import require_capabilities
 from influence_framework.parameters import Blocks
+from influence_framework.preflight import Preflight
 from influence_framework.problem import Problem
 from influence_framework.protocols import (
     HessianSource,
     InfluenceMode,
     InverseOperator,
     JointSolver,
+    LayerStatistics,
     LinearOperator,
     Reregularizable,
     Solution,
@@ -147,12 +149,14 @@ class Fitted:
         blocks: By name, in the order of the parameters.
         state: The model's parameters and buffers as they were, to notice that it was trained on.
         scales: The size of each block's curvature, for λ relative to it.
+        preflight: What was found out beforehand.
     """
 
     problem: Problem
     blocks: dict[str, FittedBlock]
     state: dict[str, Tensor]
     scales: dict[str, BlockScale]
+    preflight: Preflight
 
     @classmethod
     def fit(
@@ -162,8 +166,10 @@ class Fitted:
         source: HessianSource,
         solver: Solver,
         regularization: Mapping[str, Strength],
+        *,
+        probe: bool = True,
     ) -> Self:
-        """One inverse per block."""
+        """One inverse per block; ``probe`` as in :meth:`Preflight.of`."""
         parts = {name: problem.parameters.subset(names) for name, names in blocks.items()}
         operators = {name: source.operator(problem, part) for name, part in parts.items()}
         places = {name: problem.parameters.indices_of(part) for name, part in parts.items()}
@@ -171,6 +177,9 @@ class Fitted:
             require_capabilities(type(solver).__name__, operator, getattr(solver, "requires", ()))
         scales = {name: BlockScale(name, operator) for name, operator in operators.items()}
         strengths = {name: scale.absolute(regularization[name]) for name, scale in scales.items()}
+        # Second moments of gradients, whatever the sign of the operator's own eigenvalues.
+        definite = LayerStatistics in getattr(solver, "requires", ())
+        preflight = Preflight.of(problem, parts, source, strengths, definite=definite, probe=probe)
         if isinstance(solver, JointSolver):
             inverses = solver.fit_jointly(operators, strengths)
         else:
@@ -179,14 +188,14 @@ class Fitted:
             name: FittedBlock.of(name, places[name], operator, solver, inverses[name], strengths[name])
             for name, operator in operators.items()
         }
-        return cls(problem, fitted, model_state(problem.model), scales)
+        return cls(problem, fitted, model_state(problem.model), scales, preflight)
 
     def with_regularization(self, regularization: Mapping[str, Strength]) -> Self:
         """The same at another λ per block."""
         with random_state_kept():
             strengths = self._absolute(regularization)
             blocks = {name: block.with_regularization(strengths[name]) for name, block in self.blocks.items()}
-        return replace(self, blocks=blocks)
+        return replace(self, blocks=blocks, preflight=self.preflight.at(strengths))
 
     def _absolute(self, regularization: Mapping[str, Strength]) -> dict[str, float]:
         return {name: scale.absolute(regularization[name]) for name, scale in self.scales.items()}

@@ -13,6 +13,7 @@ from torch import Tensor
 from influence_framework.data import Batch, map_leaves, split, take
 from influence_framework.derivatives import CACHE_BYTES, PushForward, gradients_of, pull_back, rows_at_once
 from influence_framework.errors import InvalidInputError, NonFiniteError
+from influence_framework.memory import is_out_of_memory
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
 
@@ -49,7 +50,9 @@ def _per_sample(
     leaves = {name: leaf.detach() for name, leaf in parameters.leaves(problem.model).items()}
     try:
         return torch.func.vmap(lambda sample: function(leaves, map_leaves(lambda t: t[None], sample)))(batch)
-    except RuntimeError:
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         # Control flow on values, or an operator that torch.func cannot batch: one sample at a time.
         size = problem.objective.size(batch)
         one = alone or function

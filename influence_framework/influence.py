@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal, Self, overload
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, overload
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from influence_framework.bounds import BoundedScores, bounded_scores
-from influence_framework.data import Batch, random_state_kept
-from influence_framework.devices import to_device
-from influence_framework.errors import InvalidInputError, NotFittedError
-from influence_framework.fitted import Fitted
-from influence_framework.objective import Loss, Objective
-from influence_framework.parameters import Blocks
+from influence_framework.composed import ComposedModel
+from influence_framework.data import random_state_kept
+from influence_framework.errors import InvalidInputError
+from influence_framework.memory import advises_on_memory
 from influence_framework.points import check_factors, checked_pairs, checked_points
-from influence_framework.problem import DEFAULT_MEMORY_BUDGET, Problem
-from influence_framework.protocols import HessianSource, InfluenceMode, InverseOperator, Solver
-from influence_framework.regularization import (
-    Regularization,
-    RelativeRegularization,
-    Strength,
-    check_regularization,
-    per_block,
-)
-from influence_framework.reports import SolveReport
-from influence_framework.solving import SolveLog, act_on_failures, check_policy
+from influence_framework.protocols import InfluenceMode
+from influence_framework.regularization import RelativeRegularization, Strength, check_regularization
 
 
-class TorchInfluenceFunctionModel:
+class TorchInfluenceFunctionModel(ComposedModel):
     """Influence of training points on predictions, for one model, curvature and solver.
 
     With ``C`` the curvature of the *mean* training loss, λ the regularisation and ``ℓ`` the loss of one
@@ -60,100 +48,9 @@ class TorchInfluenceFunctionModel:
         on_failure: What to do where right-hand sides were not solved: ``"raise"`` a :class:`ConvergenceError`,
             ``"warn"`` in one line a call, or ``"ignore"`` it. :attr:`report` says what happened in each case;
             a result that is not finite is always an error.
+        preflight: Look, before every fit, for parameters without effect and for a λ far outside the spectrum;
+            see :attr:`preflight` for what was found.
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Loss | Objective,
-        *,
-        solver: Solver,
-        source: HessianSource,
-        blocks: str | Mapping[str, Sequence[str]] = "full",
-        hessian_regularization: Regularization = 0.0,
-        memory_budget: int = DEFAULT_MEMORY_BUDGET,
-        on_failure: str = "warn",
-    ) -> None:
-        if memory_budget <= 0:
-            raise InvalidInputError(f"memory_budget is a positive number of bytes, got {memory_budget}.")
-        check_regularization(hessian_regularization)
-        self.model = model
-        self.loss = loss
-        self.solver = solver
-        self.source = source
-        self.blocks = blocks
-        self.hessian_regularization = hessian_regularization
-        self.memory_budget = memory_budget
-        self.on_failure = check_policy(on_failure)
-        self._report = SolveReport()
-        self._fit: Fitted | None = None
-
-    def __repr__(self) -> str:
-        state = "fitted" if self.is_fitted else "not fitted"
-        return (
-            f"{type(self).__name__}({type(self.model).__name__}, solver={self.solver}, "
-            f"source={self.source}, blocks={self.blocks!r}, "
-            f"hessian_regularization={self.hessian_regularization}, {state})"
-        )
-
-    @property
-    def is_fitted(self) -> bool:
-        """Whether :meth:`fit` has succeeded."""
-        return self._fit is not None
-
-    @property
-    def inverses(self) -> Mapping[str, InverseOperator]:
-        """The inverse fitted for each block, by name, with whatever its solver lets one see of it."""
-        return {name: block.inverse for name, block in self.fitted.blocks.items()}
-
-    @property
-    def report(self) -> SolveReport:
-        """What came of every right-hand side of the last call that solved any."""
-        return self._report
-
-    def fit(self, data: Iterable[Batch]) -> Self:
-        """Read the training data and fit one inverse per block.
-
-        Args:
-            data: A ``DataLoader`` or any re-iterable of batches ``(x, y)`` of the training data.
-
-        Returns:
-            The model itself. If anything raises, what an earlier ``fit`` left stays in force.
-
-        Raises:
-            InvalidInputError: Data, model, loss, blocks or λ do not fit together.
-            MissingCapabilityError: The solver needs what the source does not offer.
-        """
-        with random_state_kept():
-            problem = Problem.build(self.model, self.loss, data, memory_budget=self.memory_budget)
-            blocks = Blocks.resolve(self.blocks, problem.parameters)
-            strengths = per_block(self.hessian_regularization, blocks)
-            self._fit = Fitted.fit(problem, blocks, self.source, self.solver, strengths)
-        return self
-
-    def with_regularization(self, hessian_regularization: Regularization) -> Self:
-        """The same model at another λ; this one stays as it is.
-
-        If fitted, so is the result: without fitting again where the inverse offers it, else by fitting
-        on the curvature operator that exists already.
-        """
-        check_regularization(hessian_regularization)
-        other = type(self).__new__(type(self))
-        other.__dict__.update(
-            self.__dict__, hessian_regularization=hessian_regularization, _report=SolveReport()
-        )
-        if self._fit is not None:
-            strengths = per_block(hessian_regularization, self._fit.blocks)
-            other._fit = self._fit.with_regularization(strengths)
-        return other
-
-    def to(self, device: torch.device | str) -> Self:
-        """Move the model (in place, like ``nn.Module.to``) and all that was fitted; returns itself."""
-        device = torch.device(device)
-        fitted = to_device(self._fit, device)
-        self.model.to(device)
-        self._fit = fitted
-        return self
 
     @overload
     def influences(
@@ -214,15 +111,9 @@ class TorchInfluenceFunctionModel:
         """
         if not return_bounds:
             return self._total(self.influences_by_block(x_test, y_test, x, y, mode))
-        fitted = self.fitted
-        mode, test, train = checked_pairs(fitted, x_test, y_test, x, y, mode)
-        if mode is not InfluenceMode.Up:
-            raise InvalidInputError(
-                "return_bounds=True bounds scores of mode 'up'; leave it out in the other mode."
-            )
-        with self.solving() as log:
-            return bounded_scores(fitted, test, train, log)
+        return self._bounded(x_test, y_test, x, y, mode)
 
+    @advises_on_memory(points=True)
     def influences_by_block(
         self,
         x_test: Any,
@@ -237,6 +128,7 @@ class TorchInfluenceFunctionModel:
         with self.solving() as log:
             return fitted.scores(test, train, mode, log)
 
+    @advises_on_memory(points=True)
     def self_influences(self, x: Any, y: Any) -> Float[Tensor, " n"]:
         """``∇ℓ(z)ᵀ (C + λI)⁻¹ ∇ℓ(z)`` of every point: its influence on its own loss, ``(n,)``.
 
@@ -250,6 +142,7 @@ class TorchInfluenceFunctionModel:
         """
         return self._total(self.self_influences_by_block(x, y))
 
+    @advises_on_memory(points=True)
     def self_influences_by_block(self, x: Any, y: Any) -> dict[str, Tensor]:
         """Each block's part of :meth:`self_influences`; they add up to it."""
         fitted = self.fitted
@@ -257,6 +150,7 @@ class TorchInfluenceFunctionModel:
         with self.solving() as log:
             return fitted.self_scores(batch, log)
 
+    @advises_on_memory(points=True)
     def residuals(self, x: Any, y: Any) -> Float[Tensor, " n"]:
         """Largest ``‖g − (C + λI) x̂‖ / ‖g‖`` of any block for every point's gradient ``g`` and factor ``x̂``.
 
@@ -273,6 +167,7 @@ class TorchInfluenceFunctionModel:
             by_block = fitted.residuals(batch, log)
         return torch.stack(list(by_block.values())).amax(0)
 
+    @advises_on_memory(points=True)
     def explore_hessian_regularization(
         self,
         x: Any,
@@ -313,6 +208,7 @@ class TorchInfluenceFunctionModel:
         with self.solving() as log:
             return fitted.sweep(test, train, mode, list(dict.fromkeys(regularization_values)), log)
 
+    @advises_on_memory(points=True)
     def influence_factors(self, x: Any, y: Any) -> Float[Tensor, "n P"]:
         """``(C + λI)⁻¹ ∇ℓ(z)`` of every point, one row each, in the order of the flat vector.
 
@@ -322,6 +218,7 @@ class TorchInfluenceFunctionModel:
         """
         return self.fitted.assemble(self.influence_factors_by_block(x, y))
 
+    @advises_on_memory(points=True)
     def influence_factors_by_block(self, x: Any, y: Any) -> dict[str, Tensor]:
         """Each block's columns ``(n, P_block)`` of :meth:`influence_factors`."""
         fitted = self.fitted
@@ -329,6 +226,7 @@ class TorchInfluenceFunctionModel:
         with self.solving() as log:
             return fitted.factors(batch, log)
 
+    @advises_on_memory(points=True)
     def influences_from_factors(
         self,
         z_test_factors: Float[Tensor, "m P"],
@@ -355,6 +253,7 @@ class TorchInfluenceFunctionModel:
         with random_state_kept():
             return fitted.contract_whole(z_test_factors, train, mode)
 
+    @advises_on_memory(points=True)
     def influences_from_factors_by_block(
         self,
         z_test_factors: Mapping[str, Tensor],
@@ -376,31 +275,20 @@ class TorchInfluenceFunctionModel:
         with random_state_kept():
             return fitted.contract(z_test_factors, train, mode)
 
-    @property
-    def fitted(self) -> Fitted:
-        """Everything that :meth:`fit` left behind.
-
-        Raises:
-            NotFittedError: Before ``fit``.
-        """
-        if self._fit is None:
-            raise NotFittedError("This influence model is not fitted: call model.fit(train_loader) first.")
-        return self._fit
-
-    @contextmanager
-    def solving(self) -> Iterator[SolveLog]:
-        """Collect what is solved within, keep the random state, and act on what failed."""
-        log = SolveLog()
-        try:
-            with random_state_kept():
-                yield log
-        finally:
-            self._report = log.report()
-        act_on_failures(self._report, self.on_failure)
-
     def _total(self, by_block: Mapping[str, Tensor]) -> Tensor:
         parts = iter(by_block.values())
         total = next(parts)
         for part in parts:
             total = total + part
         return total
+
+    @advises_on_memory(points=True)
+    def _bounded(self, x_test: Any, y_test: Any, x: Any, y: Any, mode: InfluenceMode | str) -> BoundedScores:
+        fitted = self.fitted
+        mode, test, train = checked_pairs(fitted, x_test, y_test, x, y, mode)
+        if mode is not InfluenceMode.Up:
+            raise InvalidInputError(
+                "return_bounds=True bounds scores of mode 'up'; leave it out in the other mode."
+            )
+        with self.solving() as log:
+            return bounded_scores(fitted, test, train, log)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from influence_framework.data import Batch, leaves
 from influence_framework.errors import InvalidInputError
+from influence_framework.memory import is_out_of_memory
 
 Loss = Callable[[Any, Any], Tensor]
 ELEMENTWISE_LOSSES = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
@@ -179,7 +180,9 @@ class SupervisedObjective:
             self._check_scalar(self.loss(outputs[:1], target[:1]))
             try:
                 objective, each = self, self._alone(outputs, target)
-            except RuntimeError:  # control flow on values, .item(): not for vmap
+            except RuntimeError as error:  # control flow on values, .item(): not for vmap
+                if is_out_of_memory(error):
+                    raise
                 objective = replace(self, vectorize=False)
                 each = objective._alone(outputs, target)
         objective = replace(objective, hard=objective.hard and not target.is_floating_point())
@@ -192,6 +195,8 @@ class SupervisedObjective:
             try:
                 value = self.loss(outputs, target)
             except (RuntimeError, ValueError, IndexError) as error:
+                if is_out_of_memory(error):
+                    raise
                 raise InvalidInputError(
                     f"The loss failed on outputs of shape {tuple(outputs.shape)} and targets of shape "
                     f"{tuple(target.shape)}: {error}"

@@ -14,6 +14,7 @@ from torch import Tensor
 from influence_framework.data import Batch, map_leaves
 from influence_framework.derivatives import gradients_of, pull_back
 from influence_framework.errors import InvalidInputError, NonFiniteError
+from influence_framework.memory import is_out_of_memory
 from influence_framework.objective import Objective
 
 EXACT_ROWS = 1024
@@ -249,8 +250,8 @@ class _Products:
         try:
             widened = map_leaves(lambda leaf: leaf.to(wide) if leaf.dtype == self.dtype else leaf, batch)
             self._record(objective, self.outputs, widened)
-        except RuntimeError:
-            if wide == self.dtype:
+        except RuntimeError as error:
+            if wide == self.dtype or is_out_of_memory(error):
                 raise
             # The loss holds tensors of the lower precision.
             self._record(objective, outputs, batch)

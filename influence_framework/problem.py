@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from influence_framework.checks import check_leaves, check_model
 from influence_framework.data import (
     Batch,
+    Fingerprint,
     RandomState,
     check_reiterable,
     detached,
@@ -30,6 +31,7 @@ from influence_framework.data import (
 )
 from influence_framework.derivatives import has_second_derivatives
 from influence_framework.errors import InvalidInputError, NonFiniteError
+from influence_framework.memory import is_out_of_memory
 from influence_framework.objective import Loss, Objective, SupervisedObjective
 from influence_framework.parameters import ParameterSpace
 
@@ -62,6 +64,7 @@ class Problem:
             but no curvature products.
         memory_budget: Bytes for caches and intermediate results.
         state: Global random state in which every pass starts.
+        fingerprint: What the first pass held, to notice other contents in a later one.
     """
 
     model: nn.Module
@@ -77,6 +80,7 @@ class Problem:
     twice_differentiable: bool
     memory_budget: int
     state: RandomState
+    fingerprint: Fingerprint
 
     @classmethod
     def build(
@@ -114,6 +118,7 @@ class Problem:
             twice_differentiable=False,
             memory_budget=memory_budget,
             state=random_state(data),
+            fingerprint=Fingerprint(),
             **measured,
         )._read()
 
@@ -122,10 +127,12 @@ class Problem:
         kept: list[Batch] | None = []
         sizes: list[int] = []
         held = 0
+        fingerprint = Fingerprint()
         problem = self
         for batch in map(detached, one_pass(self.data, self.state)):
             problem = problem.validated(batch, "training data")
             sizes.append(problem.objective.size(batch))
+            fingerprint += Fingerprint.of(batch, sizes[-1])
             if len(sizes) == 1:
                 problem = problem._tried(take(batch, slice(0, TRIAL)))
             held += nbytes(batch)
@@ -151,6 +158,7 @@ class Problem:
             size=sum(sizes),
             batch_size=sizes[0],
             objective=_settled(problem.objective),
+            fingerprint=fingerprint,
         )
 
     def _tried(self, batch: Batch) -> Self:
@@ -231,7 +239,9 @@ class Problem:
         try:
             with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
                 self.mean_loss(parameters, batch)
-        except RuntimeError:  # torch.func inside the model does not allow these hooks
+        except RuntimeError as error:  # torch.func inside the model does not allow these hooks
+            if is_out_of_memory(error):
+                raise
             return 32 * nbytes(batch)
         for tensor in self.model.parameters():
             seen.pop(tensor.data_ptr(), None)
@@ -272,21 +282,39 @@ class Problem:
     def batches(self) -> Iterator[tuple[Batch, int]]:
         """One pass over the data: batches within the memory budget, each with its sample count.
 
+        The order may be another on every pass, since whatever is computed from the data is a sum over it.
+
         Raises:
-            InvalidInputError: The data holds another number of samples than when it was first read.
+            InvalidInputError: The data holds other samples than when it was first read.
         """
-        total = 0
-        source = self.data if self.cached else map(detached, one_pass(self.data, self.state))
-        for whole in source:
-            for batch in split(whole, self.objective.size(whole), self.max_batch):
-                size = self.objective.size(batch)
-                total += size
-                yield batch, size
-        if total != self.size:
-            raise InvalidInputError(
-                f"The training data held {self.size} samples when it was first read and {total} now: it "
-                "must yield the same samples on every pass."
-            )
+        found = Fingerprint()
+        for whole in self.data if self.cached else map(detached, one_pass(self.data, self.state)):
+            size = self.objective.size(whole)
+            if not self.cached:
+                found += Fingerprint.of(whole, size)
+            for batch in split(whole, size, self.max_batch):
+                yield batch, self.objective.size(batch)
+        if self.cached or found.agrees(self.fingerprint):
+            return
+        now = f"{found.size} now" if found.size != self.size else "as many, but not the same ones, now"
+        raise InvalidInputError(
+            f"The training data held {self.size} samples when it was first read and {now}: it must yield the "
+            "same samples on every pass, in whatever order. Switch off random augmentation and drop_last, "
+            "draw from the global generators of torch, NumPy or Python (every pass starts from the same state "
+            "of them), or raise memory_budget so that the data is held in memory."
+        )
+
+    def first(self, count: int) -> Self:
+        """The same problem on its first ``count`` samples, which it holds; on all where there are no more."""
+        kept: list[Batch] = []
+        size = 0
+        for batch, _ in self.batches():
+            part = take(batch, slice(0, count - size))
+            kept.append(part)
+            size += self.objective.size(part)
+            if size >= count:
+                break
+        return replace(self, data=kept, cached=True, size=size)
 
     def random_batches(self, generator: torch.Generator) -> Iterator[tuple[Batch, int]]:
         """Endless mini-batches, each sample once a pass.

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,42 +17,10 @@ from influence_framework.data import RandomState
 from tests import cases, nets, small
 from tests.cases import Instance
 from tests.fits import compose, fitted
+from tests.traces import assert_same, trace
 
 # The run-time checks of the tests draw from Python's random numbers themselves.
 pytestmark = pytest.mark.usefixtures("as_user")
-
-
-def random_states() -> tuple[Any, ...]:
-    name, keys, *rest = np.random.get_state()
-    return random.getstate(), name, tuple(keys), *rest, tuple(torch.get_rng_state().tolist())
-
-
-def hooks(model: nn.Module) -> int:
-    """Hooks of any kind on any module or parameter."""
-    stores = [key for key in vars(nn.Module()) if key.endswith("_hooks")]
-    on_modules = sum(len(getattr(module, store)) for module in model.modules() for store in stores)
-    return on_modules + sum(len(p._backward_hooks or ()) for p in model.parameters())
-
-
-def trace(model: nn.Module) -> dict[str, Any]:
-    """All that could be left on a model."""
-    return {
-        "grad": {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()},
-        "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
-        "identity": {name: (id(p), p.data_ptr(), p._version) for name, p in model.named_parameters()},
-        "buffers": {name: (id(b), b._version, b.clone()) for name, b in model.named_buffers()},
-        "train mode": {name: module.training for name, module in model.named_modules()},
-        "attributes": {name: sorted(vars(module)) for name, module in model.named_modules()},
-        "hooks": hooks(model),
-        "random states": random_states(),
-        "grad mode": torch.is_grad_enabled(),
-    }
-
-
-def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
-    for what, expected in before.items():
-        # Tensors inside: compared by their values, not by ==.
-        assert repr(expected) == repr(after[what]), f"{what} changed"
 
 
 def shuffling(instance: Instance) -> DataLoader[Any]:
@@ -69,7 +35,7 @@ EVERYTHING: list[Callable[[inf.TorchInfluenceFunctionModel, str], object]] = [
     lambda m, name: m.influences_from_factors(
         m.influence_factors(*cases.points(name, 2, 1)), *cases.points(name, 3, 2)
     ),
-    lambda m, name: m.with_regularization(0.7),
+    lambda m, name: m.with_regularization(1.5),
     lambda m, name: m.to("cpu"),
 ]
 

@@ -14,6 +14,7 @@ from influence_framework.errors import InvalidInputError, NonFiniteError
 from influence_framework.layers.forms import FORMS, MatrixForm, UnsupportedLayerError, form_of
 from influence_framework.layers.statistics import Recorded
 from influence_framework.layers.tape import Layer
+from influence_framework.memory import is_out_of_memory
 from influence_framework.parameters import ROOT_LAYER, ParameterSpace
 from influence_framework.problem import Problem
 
@@ -146,7 +147,9 @@ def _agree(recorded: Recorded, layer: Layer, expected: Tensor, tolerance: float)
     try:
         found = recorded.at(layer)
         gradients = torch.zeros_like(expected) if found is None else found.gradients()[0]
-    except (RuntimeError, InvalidInputError):  # a module that was not applied to samples
+    except (RuntimeError, InvalidInputError) as failure:  # a module that was not applied to samples
+        if is_out_of_memory(failure):
+            raise
         return False
     if gradients.shape != expected.shape:
         return False

@@ -121,11 +121,11 @@ class StreamingOperator(Operator):
         versions = [tensor._version for tensor in (*model.parameters(), *model.buffers())]
         if self._cache.kept is None or self._cache.versions != versions:
             # A graph through tensors that were written to since, be it with the same values, is lost.
-            self._cache.versions = versions
             self._cache.kept = [
                 (self.linearize(self.problem, self.parameters, batch), size)
                 for batch, size in self.problem.batches()
             ]
+            self._cache.versions = versions
         yield from self._cache.kept
 
     def _matmat(self, columns: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:

@@ -67,7 +67,8 @@ def test_gauss_newton_is_the_source_where_none_is_named() -> None:
 
 
 def test_pitfall_a_net_with_an_indefinite_hessian_is_reported() -> None:
-    model = small.model(solver=ArnoldiSolver(rank=100), source="hessian", hessian_regularization=1e-4)
+    strength = {"hessian_regularization": 1e-4, "preflight": False}
+    model = small.model(solver=ArnoldiSolver(rank=100), source="hessian", **strength)
     with pytest.warns(inf.IndefiniteOperatorWarning, match=r"lie below −λ.*gauss_newton"):
         model.fit(small.batches())
     # Warnings are errors here.

@@ -90,6 +90,8 @@ def test_it_moves_and_changes_regularisation() -> None:
     torch.testing.assert_close(moved, again)
 
 
+# Without curvature, and with a parameter without effect, on purpose.
+@pytest.mark.filterwarnings("ignore::influence_framework.PreflightWarning")
 @pytest.mark.parametrize("name", ["relu", "conv", "mse", "absolute_error", "unused_parameter", "tied_weights"])
 def test_at_full_rank_models_of_all_kinds_agree_with_the_dense_inverse(name: str) -> None:
     instance, curvature = cases.make(name), cases.dense(name, "gauss_newton")
