@@ -190,9 +190,8 @@ def test_graphs_that_were_not_all_built_are_built_again() -> None:
     fuse = Fuse()
     module = Fused(fuse).double().eval()
     problem = Problem.build(module, nn.CrossEntropyLoss(), DATA)
-    operator = (
-        inf.hessian_sources["gauss_newton"].create(precompute_grad=True).operator(problem, problem.parameters)
-    )
+    source = inf.hessian_sources["gauss_newton"]
+    operator = source.create(precompute_grad=True).operator(problem, problem.parameters)
     column = torch.ones(operator.shape[0], dtype=torch.float64)
     before = operator @ column
     with torch.no_grad():
