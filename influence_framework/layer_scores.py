@@ -54,16 +54,24 @@ class LayerScorer:
     ) -> list[dict[str, Float[Tensor, "m n"]]]:
         """``g_mᵀ (C + λI)⁻¹ g_n`` of every pair by block, with the inverses ``at`` each of several λ."""
         chosen = [self.inverses] if at is None else cast("Sequence[Mapping[str, LayerScoring]]", at)
-        rows: list[list[dict[str, Tensor]]] = []
-        for held in self._held(test):
-            pieces = []
+        size = self.problem.objective.size
+        # Filled piece by piece: parts that are put together at the end would take as much again.
+        found: list[dict[str, Tensor]] = [{} for _ in chosen]
+        row = 0
+        for held, rows in self._held(test):
+            column = 0
             for batch in self._pieces(train):
-                sides = self._sides(batch)
-                pieces.append(
-                    [{name: i.scores(held[name], sides[name]) for name, i in x.items()} for x in chosen]
-                )
-            rows.append([_joined(parts, 1) for parts in zip(*pieces, strict=True)])
-        return [_joined(parts, 0) for parts in zip(*rows, strict=True)]
+                sides, columns = self._sides(batch), size(batch)
+                place = slice(row, row + rows), slice(column, column + columns)
+                for inverses, scores in zip(chosen, found, strict=True):
+                    for name, inverse in inverses.items():
+                        part = inverse.scores(held[name], sides[name])
+                        if name not in scores:
+                            scores[name] = part.new_empty(size(test), size(train))
+                        scores[name][place] = part
+                column += columns
+            row += rows
+        return found
 
     def self_scores(self, batch: Batch) -> dict[str, Float[Tensor, " n"]]:
         """``gᵀ (C + λI)⁻¹ g`` of every sample with itself, by block."""
@@ -71,7 +79,7 @@ class LayerScorer:
         for piece in self._pieces(batch):
             sides = self._sides(piece)
             parts.append({name: inverse.self_scores(sides[name]) for name, inverse in self.inverses.items()})
-        return _joined(parts, 0)
+        return {name: torch.cat([part[name] for part in parts]) for name in self.inverses}
 
     def _pieces(self, batch: Batch) -> Iterator[Batch]:
         yield from split(batch, self.problem.objective.size(batch), samples_at_once(self.problem))
@@ -85,31 +93,22 @@ class LayerScorer:
             for name, inverse in self.inverses.items()
         }
 
-    def _held(self, batch: Batch) -> Iterator[Sides]:
-        """The samples of one side, as many at a time as half the budget holds."""
+    def _held(self, batch: Batch) -> Iterator[tuple[Sides, int]]:
+        """The samples of one side with their number, as many at a time as half the budget holds."""
         found: list[Sides] = []
-        held = 0
+        held = count = 0
         for piece in self._pieces(batch):
             sides = self._sides(piece)
             size = sum(side.nbytes for side in sides.values())
             if found and held + size > self.problem.memory_budget // 2:
-                yield self._combined(found)
-                found, held = [], 0
+                yield self._combined(found), count
+                found, held, count = [], 0, 0
             found.append(sides)
             held += size
-        yield self._combined(found)
+            count += self.problem.objective.size(piece)
+        yield self._combined(found), count
 
     def _combined(self, found: Sequence[Sides]) -> Sides:
         if len(found) == 1:
             return found[0]
         return {name: i.join([sides[name] for sides in found]) for name, i in self.inverses.items()}
-
-
-def _pairs(inverses: Mapping[str, LayerScoring], test: Sides, train: Sides) -> dict[str, Tensor]:
-    return {name: inverse.scores(test[name], train[name]) for name, inverse in inverses.items()}
-
-
-def _joined(parts: Sequence[Mapping[str, Tensor]], dim: int) -> dict[str, Tensor]:
-    if len(parts) == 1:
-        return dict(parts[0])
-    return {name: torch.cat([part[name] for part in parts], dim=dim) for name in parts[0]}
