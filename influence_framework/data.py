@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import ceil
 from typing import Any, Self
 
 import numpy as np
@@ -56,12 +57,14 @@ def take(batch: Batch, index: slice | Tensor) -> Batch:
 
 
 def split(batch: Batch, size: int, at_most: int) -> Iterator[Batch]:
-    """The batch of ``size`` samples in pieces of at most ``at_most``."""
+    """The batch of ``size`` samples in pieces of at most ``at_most``, as even as can be."""
     if size <= at_most:
         yield batch
         return
-    for start in range(0, size, at_most):
-        yield take(batch, slice(start, start + at_most))
+    # Buffers of one size can be used again; those of a short last piece fragment the memory.
+    step = ceil(size / ceil(size / at_most))
+    for start in range(0, size, step):
+        yield take(batch, slice(start, start + step))
 
 
 def _layout(batch: Batch) -> Any:
@@ -75,21 +78,35 @@ def _layout(batch: Batch) -> Any:
     return batch
 
 
-def join(batches: Sequence[Batch], sizes: Sequence[int], at_most: int) -> Iterator[Batch]:
-    """Neighbouring batches of the same layout joined to at most ``at_most`` samples, larger ones cut."""
-    group: list[Batch] = []
-    total = 0
-    for batch, size in zip(batches, sizes, strict=True):
-        if group and (total + size > at_most or _layout(batch) != _layout(group[0])):
-            yield _concatenate(group)
-            group, total = [], 0
-        if size > at_most:
-            yield from split(batch, size, at_most)
-        else:
-            group.append(batch)
-            total += size
-    if group:
-        yield _concatenate(group)
+class Joiner:
+    """Copies of batches: neighbours of the same layout joined to at most ``at_most`` samples, larger ones cut.
+
+    They are joined as they come, so that only those of one joined batch are ever held twice.
+    """
+
+    def __init__(self, at_most: int) -> None:
+        self.at_most = at_most
+        self._joined: list[Batch] = []
+        self._group: list[Batch] = []
+        self._size = 0
+
+    def add(self, batch: Batch, size: int) -> None:
+        """Copy the next batch, of ``size`` samples."""
+        if self._group and (self._size + size > self.at_most or _layout(batch) != _layout(self._group[0])):
+            self._close()
+        # A copy: the caller may write to these tensors later, or fill one buffer again and again.
+        self._group.append(map_leaves(torch.clone, batch))
+        self._size += size
+
+    def finish(self) -> list[Batch]:
+        """All that was added."""
+        self._close()
+        return self._joined
+
+    def _close(self) -> None:
+        if self._group:
+            self._joined += split(_concatenate(self._group), self._size, self.at_most)
+        self._group, self._size = [], 0
 
 
 def _concatenate(group: Sequence[Batch]) -> Batch:

@@ -54,28 +54,49 @@ class LayerScorer:
     ) -> list[dict[str, Float[Tensor, "m n"]]]:
         """``g_mᵀ (C + λI)⁻¹ g_n`` of every pair by block, with the inverses ``at`` each of several λ."""
         chosen = [self.inverses] if at is None else cast("Sequence[Mapping[str, LayerScoring]]", at)
-        rows = [self._with_held(held, train, chosen) for held in self._held(test)]
-        return [_joined(parts, 0) for parts in zip(*rows, strict=True)]
+        size = self.problem.objective.size
+        # Filled piece by piece: parts that are put together at the end would take as much again.
+        found: list[dict[str, Tensor]] = [{} for _ in chosen]
+        row = 0
+        for held, rows in self._held(test):
+            place = slice(row, row + rows)
+            self._fill(found, place, size(test), held, train, chosen)
+            row += rows
+        return found
 
-    def with_held(self, held: Sides, train: Batch) -> dict[str, Float[Tensor, "m n"]]:
-        """Scores of every sample of ``train`` with those that ``held`` was made of, by block."""
-        (scores,) = self._with_held(held, train, [self.inverses])
-        return scores
+    def with_held(self, held: Sides, rows: int, train: Batch) -> dict[str, Float[Tensor, "m n"]]:
+        """Scores of every sample of ``train`` with the ``rows`` that ``held`` was made of, by block."""
+        found: list[dict[str, Tensor]] = [{}]
+        self._fill(found, slice(0, rows), rows, held, train, [self.inverses])
+        return found[0]
 
-    def _with_held(
-        self, held: Sides, train: Batch, chosen: Sequence[Mapping[str, LayerScoring]]
-    ) -> list[dict[str, Tensor]]:
-        pieces = []
-        for _, sides in self.prepared(train):
-            pieces.append([{name: i.scores(held[name], sides[name]) for name, i in x.items()} for x in chosen])
-        return [_joined(parts, 1) for parts in zip(*pieces, strict=True)]
+    def _fill(
+        self,
+        found: Sequence[dict[str, Tensor]],
+        rows: slice,
+        height: int,
+        held: Sides,
+        train: Batch,
+        chosen: Sequence[Mapping[str, LayerScoring]],
+    ) -> None:
+        """Write the scores of ``held`` with ``train`` into ``rows`` of matrices that are ``height`` high."""
+        width, column = self.problem.objective.size(train), 0
+        for columns, sides in self.prepared(train):
+            place = rows, slice(column, column + columns)
+            for inverses, scores in zip(chosen, found, strict=True):
+                for name, inverse in inverses.items():
+                    part = inverse.scores(held[name], sides[name])
+                    if name not in scores:
+                        scores[name] = part.new_empty(height, width)
+                    scores[name][place] = part
+            column += columns
 
     def self_scores(self, batch: Batch) -> dict[str, Float[Tensor, " n"]]:
         """``gᵀ (C + λI)⁻¹ g`` of every sample with itself, by block."""
         parts = []
         for _, sides in self.prepared(batch):
             parts.append({name: inverse.self_scores(sides[name]) for name, inverse in self.inverses.items()})
-        return _joined(parts, 0)
+        return {name: torch.cat([part[name] for part in parts]) for name in self.inverses}
 
     def prepared(self, batch: Batch) -> Iterator[tuple[int, Sides]]:
         """The batch in pieces that the memory budget allows: samples of each, and what scores need of them."""
@@ -97,26 +118,21 @@ class LayerScorer:
             for name, inverse in self.inverses.items()
         }
 
-    def _held(self, batch: Batch) -> Iterator[Sides]:
-        """The samples of one side, as many at a time as half the budget holds."""
+    def _held(self, batch: Batch) -> Iterator[tuple[Sides, int]]:
+        """The samples of one side with their number, as many at a time as half the budget holds."""
         found: list[Sides] = []
-        held = 0
-        for _, sides in self.prepared(batch):
+        held = count = 0
+        for samples, sides in self.prepared(batch):
             size = nbytes(sides)
             if found and held + size > self.problem.memory_budget // 2:
-                yield self.combined(found)
-                found, held = [], 0
+                yield self.combined(found), count
+                found, held, count = [], 0, 0
             found.append(sides)
             held += size
-        yield self.combined(found)
+            count += samples
+        yield self.combined(found), count
 
 
 def nbytes(sides: Sides) -> int:
     """Memory that ``sides`` hold."""
     return sum(side.nbytes for side in sides.values())
-
-
-def _joined(parts: Sequence[Mapping[str, Tensor]], dim: int) -> dict[str, Tensor]:
-    if len(parts) == 1:
-        return dict(parts[0])
-    return {name: torch.cat([part[name] for part in parts], dim=dim) for name in parts[0]}

@@ -17,10 +17,10 @@ from influence_framework.checks import check_leaves, check_model
 from influence_framework.data import (
     Batch,
     Fingerprint,
+    Joiner,
     RandomState,
     check_reiterable,
     detached,
-    join,
     map_leaves,
     nbytes,
     one_pass,
@@ -124,7 +124,7 @@ class Problem:
 
     def _read(self) -> Self:
         """Read the data once: validate and count it, and keep it where it fits the budget."""
-        kept: list[Batch] | None = []
+        kept: Joiner | None = None
         sizes: list[int] = []
         held = 0
         fingerprint = Fingerprint()
@@ -135,18 +135,18 @@ class Problem:
             fingerprint += Fingerprint.of(batch, sizes[-1])
             if len(sizes) == 1:
                 problem = problem._tried(take(batch, slice(0, TRIAL)))
+                kept = Joiner(problem.max_batch)
             held += nbytes(batch)
             if held > self.memory_budget:
                 kept = None
             if kept is not None:
-                # A copy: the caller may write to these tensors later, or fill one buffer again and again.
-                kept.append(map_leaves(torch.clone, batch))
+                kept.add(batch, sizes[-1])
         if not sizes:
             raise InvalidInputError(
                 "The training data is empty: the loader yielded no batch. Is the dataset empty, or "
                 "drop_last=True with fewer samples than one batch?"
             )
-        joined = None if kept is None else list(join(kept, sizes, problem.max_batch))
+        joined = None if kept is None else kept.finish()
         if joined is not None and getattr(problem.objective, "reduction", "known") is None:
             # Batches of one sample do not tell a mean from a sum; what they were joined to does.
             largest = max(joined, key=problem.objective.size)

@@ -1,7 +1,8 @@
-"""Peak memory of scores for images: mixed derivatives for all pairs at once would take gigabytes."""
+"""Peak memory of scores, of small images and of many training points."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -47,16 +48,66 @@ print(*scores.shape, peak() - baseline)
 """
 
 
-@pytest.mark.parametrize(("mode", "shape"), [("up", [20, 20]), ("perturbation", [20, 20, 3, 32, 32])])
-def test_pitfall_scores_of_small_images_fit_in_memory(mode: str, shape: list[int]) -> None:
+def measured(script: str, *arguments: str) -> list[int]:
+    """The numbers that a process of its own prints, whose allocator returns what is freed at once."""
     result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, mode],
+        [sys.executable, "-c", script, *arguments],
         capture_output=True,
         text=True,
         check=False,
         cwd=Path(__file__).parents[1],
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
     )
     assert result.returncode == 0, result.stderr
-    *found, grown = map(int, result.stdout.split())
+    return [int(number) for number in result.stdout.split()]
+
+
+@pytest.mark.parametrize(("mode", "shape"), [("up", [20, 20]), ("perturbation", [20, 20, 3, 32, 32])])
+def test_pitfall_scores_of_small_images_fit_in_memory(mode: str, shape: list[int]) -> None:
+    *found, grown = measured(SCRIPT, mode)
     assert found == shape
     assert grown < LIMIT, f"{grown / 2**20:.0f} MiB above the baseline"
+
+
+MANY = """
+import resource
+import sys
+
+import torch
+from torch import nn
+
+import influence_framework as inf
+
+
+def peak() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+net = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10)).eval()
+x, y = torch.randn(300_000, 64), torch.randint(10, (300_000,))
+
+
+def scores(count: int) -> torch.Tensor:
+    data = list(zip(x[:count].split(500), y[:count].split(500)))
+    solver = {"name": "ekfac", "memory_budget": 2**20}
+    model = inf.compose(
+        net, nn.CrossEntropyLoss(), solver=solver, hessian_regularization=0.1, memory_budget=2**27
+    )
+    return model.fit(data).influences(x[:50], y[:50], x[:count], y[:count])
+
+
+scores(20_000)
+baseline = peak()
+result = scores(len(x))
+held = x.nbytes + y.nbytes + result.nbytes
+print(peak() - baseline - held)
+"""
+
+
+def test_memory_beside_a_copy_of_the_data_and_the_results_does_not_grow_with_the_data() -> None:
+    """Neither is held twice, and no mask of the data is formed."""
+    (beside,) = measured(MANY)
+    assert beside < 32 * 2**20, f"{beside / 2**20:.0f} MiB beside the data and the results"

@@ -79,7 +79,7 @@ def test_every_block_gets_a_fraction_of_its_own(solver: Any, structure: str) -> 
 def test_the_mean_eigenvalue_is_measured_once_for_a_fit(
     blocks: str, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = small.model(source=source, blocks=blocks, memory_budget=2**14)
+    model = small.model(source=source, blocks=blocks, memory_budget=1)
     passes: list[int] = []
     original = inf.Problem.batches
 
@@ -96,7 +96,7 @@ def test_the_mean_eigenvalue_is_measured_once_for_a_fit(
         return len(passes) - before
 
     points = small.points()
-    tried = [inf.RelativeRegularization(fraction) for fraction in (10.0, 20.0, 30.0)]
+    tried = [inf.RelativeRegularization(fraction) for fraction in (100.0, 200.0, 300.0)]
     number = passes_of(lambda: fitted.explore_hessian_regularization(*points, [1.0, 2.0]))
     measured = passes_of(lambda: fitted.with_regularization(tried[0]))
     assert measured >= len(fitted.inverses)

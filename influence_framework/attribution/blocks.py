@@ -12,9 +12,9 @@ from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomS
 
 from influence_framework.data import (
     Batch,
+    Joiner,
     check_reiterable,
     detached,
-    join,
     leaves,
     one_pass,
     random_state,
@@ -116,15 +116,15 @@ def _cut(
     waiting: Sequence[tuple[Batch, Identifiers]], size: int
 ) -> tuple[tuple[tuple[Batch, ...], Identifiers], list[tuple[Batch, Identifiers]]]:
     """The first ``size`` samples, and what is left."""
-    taken: list[tuple[Batch, Identifiers]] = []
+    taken, ids_taken = Joiner(size), []
     rest: list[tuple[Batch, Identifiers]] = []
     missing = size
     for batch, ids in waiting:
         here = min(missing, len(ids))
         missing -= here
         if here:
-            taken.append((take(batch, slice(0, here)), ids[:here]))
+            taken.add(take(batch, slice(0, here)), here)
+            ids_taken.append(ids[:here])
         if here < len(ids):
             rest.append((take(batch, slice(here, len(ids))), ids[here:]))
-    batches = join([batch for batch, _ in taken], [len(ids) for _, ids in taken], size)
-    return (tuple(batches), np.concatenate([ids for _, ids in taken])), rest
+    return (tuple(taken.finish()), np.concatenate(ids_taken)), rest

@@ -57,11 +57,14 @@ class LayerScores:
 
     fitted: Fitted
     held: Sides
+    count: int
 
     def __call__(self, block: Block) -> Computed:
         scorer = self.fitted.layer_scorer()
         assert scorer is not None
-        found = [_total(scorer.with_held(self.held, batch)) for batch in _checked(self.fitted, block)]
+        found = [
+            _total(scorer.with_held(self.held, self.count, batch)) for batch in _checked(self.fitted, block)
+        ]
         return Computed(torch.cat(found, dim=1), SolveReport())
 
 
@@ -97,7 +100,8 @@ def query(fitted: Fitted, block: Block, log: SolveLog) -> Job:
     scorer = fitted.layer_scorer()
     batches = _checked(fitted, block)
     if scorer is not None:
-        return LayerScores(fitted, scorer.combined([sides for b in batches for _, sides in scorer.prepared(b)]))
+        prepared = [sides for batch in batches for _, sides in scorer.prepared(batch)]
+        return LayerScores(fitted, scorer.combined(prepared), len(block))
     return FactorScores(fitted, torch.cat([fitted.assemble(fitted.factors(batch, log)) for batch in batches]))
 
 
