@@ -79,7 +79,7 @@ def test_every_block_gets_a_fraction_of_its_own(solver: Any, structure: str) -> 
 def test_the_mean_eigenvalue_is_measured_once_for_a_fit(
     blocks: str, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = small.model(source=source, blocks=blocks, memory_budget=1)
+    model = small.model(source=source, blocks=blocks, memory_budget=1, preflight=False)
     passes: list[int] = []
     original = inf.Problem.batches
 
