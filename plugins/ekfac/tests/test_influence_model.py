@@ -263,7 +263,7 @@ def test_all_blocks_are_fitted_in_the_passes_of_one(
         return original(problem)
 
     monkeypatch.setattr(inf.Problem, "batches", counted)
-    composed = inf.compose(model, nn.CrossEntropyLoss(), solver=solver, blocks=blocks)
+    composed = inf.compose(model, nn.CrossEntropyLoss(), solver=solver, blocks=blocks, preflight=False)
     fitted = composed.fit([(x, torch.arange(9) % 3)])
     assert len(fitted.inverses) == (1 if blocks == "full" else 3)
     assert len(begun) == passes

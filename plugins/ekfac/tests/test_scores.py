@@ -302,6 +302,7 @@ def test_a_net_whose_curvature_is_the_same_everywhere_needs_no_stairs() -> None:
             nn.CrossEntropyLoss(),
             solver={"name": "ekfac", "samples": "exact"},
             hessian_regularization=strength,
+            preflight=False,
         ).fit([(x, y)])
         expected = model.influence_factors(x, y) @ reference.gradients(net, nn.CrossEntropyLoss(), [(x, y)]).T
         assert_close(model.influences(x, y), expected, 1e-4)

@@ -129,11 +129,14 @@ def test_sources_claim_to_be_positive_semidefinite_where_that_is_known(
     assert getattr(operator, "positive_semidefinite", False) is claim
 
 
-def test_a_single_number_tells_nothing_of_the_loss() -> None:
+def test_a_single_number_tells_nothing_of_a_loss_of_ones_own() -> None:
+    def squared(output: Tensor, target: Tensor) -> Tensor:
+        return (output - target).square().mean()
+
     model = torch.nn.Linear(2, 1).double().eval()
     for count, claim in ((1, False), (2, True)):
         data = [(torch.arange(2.0 * count).double().reshape(count, 2), torch.ones(count, 1).double())]
-        operator = cases.operator("gauss_newton", inf.Problem.build(model, torch.nn.MSELoss(), data))
+        operator = cases.operator("gauss_newton", inf.Problem.build(model, squared, data))
         assert getattr(operator, "positive_semidefinite", False) is claim
 
 
