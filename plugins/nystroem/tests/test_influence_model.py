@@ -130,7 +130,7 @@ def test_sources_claim_to_be_positive_semidefinite_where_that_is_known(
 
 
 def test_a_single_number_tells_nothing_of_a_loss_of_ones_own() -> None:
-    def squared(output: Tensor, target: Tensor) -> Tensor:
+    def squared(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return (output - target).square().mean()
 
     model = torch.nn.Linear(2, 1).double().eval()
