@@ -21,7 +21,7 @@ demo: $(VENV)/.installed  ## Find flipped labels in a small data set, and write 
 	$(VENV)/bin/influence demo
 
 test: $(VENV)/.installed  ## Run every test, those of the plugins and of the documentation included
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses auto
 
 lint: $(VENV)/.installed  ## Check style, format and types
 	$(VENV)/bin/ruff check .

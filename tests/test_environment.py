@@ -105,4 +105,5 @@ def test_continuous_integration_runs_what_developers_run() -> None:
     assert "ruff check" in recipe("lint")
     assert "ruff format --check" in recipe("lint")
     assert "mkdocs build --strict" in recipe("docs")
-    assert re.search(r"-m pytest$", recipe("test"), re.MULTILINE), "some tests are left out"
+    everything = r"-m pytest --numprocesses auto$"
+    assert re.search(everything, recipe("test"), re.MULTILINE), "some tests are left out"
