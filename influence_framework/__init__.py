@@ -38,7 +38,16 @@ from influence_framework.hookspecs import hookimpl
 from influence_framework.influence import TorchInfluenceFunctionModel
 from influence_framework.layers import MatrixForm, UnsupportedLayerError, register_layer
 from influence_framework.lowrank import LowRankInverse
-from influence_framework.objective import Objective, SupervisedObjective
+from influence_framework.objective import (
+    Checking,
+    Masking,
+    Objective,
+    Pointing,
+    Preparing,
+    SupervisedObjective,
+    TokenLosses,
+)
+from influence_framework.objectives import CausalLM, MaskedLM, Seq2SeqLM, SequenceClassification
 from influence_framework.operators import (
     BlockDiagonalOperator,
     DenseOperator,
@@ -69,7 +78,7 @@ from influence_framework.protocols import (
     WarmStart,
 )
 from influence_framework.refinement import RefinedSolver
-from influence_framework.registry import Registry, default_registry, hessian_sources, solvers
+from influence_framework.registry import Registry, default_registry, hessian_sources, objectives, solvers
 from influence_framework.regularization import RelativeRegularization
 from influence_framework.reports import BlockReport, SolveReport
 
@@ -80,6 +89,8 @@ __all__ = [
     "BlockReport",
     "Blocks",
     "BoundedScores",
+    "CausalLM",
+    "Checking",
     "ConvergenceError",
     "ConvergenceWarning",
     "Dense",
@@ -98,6 +109,8 @@ __all__ = [
     "LayerStatistics",
     "LinearOperator",
     "LowRankInverse",
+    "MaskedLM",
+    "Masking",
     "MatrixForm",
     "Minibatches",
     "MissingCapabilityError",
@@ -108,17 +121,21 @@ __all__ = [
     "OutOfMemoryError",
     "Output",
     "ParameterSpace",
+    "Pointing",
     "PluginConflictError",
     "PluginError",
     "Preconditioning",
     "Preflight",
     "PreflightWarning",
+    "Preparing",
     "Problem",
     "RefinedSolver",
     "Registry",
     "RelativeRegularization",
     "Reregularizable",
     "Scored",
+    "Seq2SeqLM",
+    "SequenceClassification",
     "SingularOperatorError",
     "Solution",
     "SolveReport",
@@ -126,6 +143,7 @@ __all__ = [
     "StopReason",
     "SupervisedObjective",
     "Sweepable",
+    "TokenLosses",
     "TorchInfluenceFunctionModel",
     "Trace",
     "UnknownMethodError",
@@ -138,6 +156,7 @@ __all__ = [
     "from_scipy",
     "hessian_sources",
     "hookimpl",
+    "objectives",
     "register_layer",
     "solvers",
     "to_scipy",

@@ -125,7 +125,7 @@ def _all_finite(tensor: Tensor) -> bool:
 
 def check_differentiable(batch: Batch) -> None:
     """Raise unless the input of ``batch`` is one floating-point tensor, as mode Perturbation needs it."""
-    x = batch[0]
+    x = batch[0] if isinstance(batch, tuple | list) else batch
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
         raise InvalidInputError(

@@ -25,7 +25,7 @@ DEFAULT_SOURCE = "gauss_newton"
 
 def compose(
     model: nn.Module,
-    loss: Loss | Objective,
+    loss: Spec | Loss | Objective,
     *,
     solver: Spec | Solver,
     source: Spec | HessianSource | None = None,
@@ -41,7 +41,8 @@ def compose(
 
     Args:
         model: A trained model in eval mode.
-        loss: ``loss(output, target) -> scalar``, or an :class:`Objective`.
+        loss: ``loss(output, target) -> scalar``; or an :class:`Objective`, by name (``"causal_lm"``), by mapping
+            with options, or an instance.
         solver: A name, a mapping ``{"name": ..., option: value, ...}``, or an instance. Options that are
             solvers themselves, such as a preconditioner, are written the same way.
         source: The curvature, likewise; left out, the solver's own choice, else ``"gauss_newton"``,
@@ -67,6 +68,8 @@ def compose(
         chosen = RefinedSolver(chosen, resolve("solver", refine, registry))
     if source is None:
         source = getattr(chosen, "default_source", None) or DEFAULT_SOURCE
+    if isinstance(loss, str | Mapping):
+        loss = cast(Objective, resolve("objective", loss, registry))
     return TorchInfluenceFunctionModel(
         model,
         loss,
@@ -98,7 +101,7 @@ def resolve_source(source: Spec | HessianSource, *, precompute_grad: bool) -> He
 
 
 def resolve(kind: Kind, spec: Any, registry: Registry = default_registry) -> Any:
-    """The solver or source that ``spec`` (a name, a mapping or an instance) stands for."""
+    """The solver, source or objective that ``spec`` (a name, a mapping or an instance) stands for."""
     _, required, label = KINDS[kind]
     if isinstance(spec, str):
         return registry.lookup(kind, spec).create()

@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from influence_framework.checks import check_differentiable
 from influence_framework.data import Batch, map_leaves, split, take
 from influence_framework.derivatives import CACHE_BYTES, PushForward, gradients_of, pull_back, rows_at_once
-from influence_framework.errors import InvalidInputError, NonFiniteError
+from influence_framework.errors import NonFiniteError
 from influence_framework.memory import is_out_of_memory
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
@@ -220,13 +221,8 @@ def contract_perturbation(
         NonFiniteError: A derivative contains NaN or infinity.
     """
     problem.require_second_derivatives()
+    check_differentiable(batch)
     x, y = batch
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        got = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        raise InvalidInputError(
-            f"Mode Perturbation differentiates with respect to the input, which must be one "
-            f"floating-point tensor; got {got}. Use mode='up', or feed the model embeddings."
-        )
     scores: dict[Name, list[Tensor]] = {name: [] for name in factors}
     for inputs, target in split((x, y), x.shape[0], problem.max_batch):
         derivative = _input_derivative(problem, inputs, target)

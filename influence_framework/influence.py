@@ -56,7 +56,7 @@ class TorchInfluenceFunctionModel(ComposedModel):
     def influences(
         self,
         x_test: Any,
-        y_test: Any,
+        y_test: Any = None,
         x: Any = None,
         y: Any = None,
         mode: InfluenceMode | str = InfluenceMode.Up,
@@ -68,7 +68,7 @@ class TorchInfluenceFunctionModel(ComposedModel):
     def influences(
         self,
         x_test: Any,
-        y_test: Any,
+        y_test: Any = None,
         x: Any = None,
         y: Any = None,
         mode: InfluenceMode | str = InfluenceMode.Up,
@@ -79,7 +79,7 @@ class TorchInfluenceFunctionModel(ComposedModel):
     def influences(
         self,
         x_test: Any,
-        y_test: Any,
+        y_test: Any = None,
         x: Any = None,
         y: Any = None,
         mode: InfluenceMode | str = InfluenceMode.Up,
@@ -117,7 +117,7 @@ class TorchInfluenceFunctionModel(ComposedModel):
     def influences_by_block(
         self,
         x_test: Any,
-        y_test: Any,
+        y_test: Any = None,
         x: Any = None,
         y: Any = None,
         mode: InfluenceMode | str = InfluenceMode.Up,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from influence_framework.data import Batch, leaves
@@ -29,6 +29,9 @@ class Objective(Protocol):
     Optional attribute: ``convex``, ``True`` where each ``ℓ_i`` is a convex function of the outputs wherever
     they are, which makes the Gauss-Newton matrix positive semidefinite. Left out, the loss is recognised by
     its second derivatives where that is possible.
+
+    What else an objective may offer is in the protocols after this one, each looked for by its method:
+    :class:`Preparing`, :class:`Checking`, :class:`Pointing`, :class:`Masking` and :class:`TokenLosses`.
     """
 
     def size(self, batch: Batch) -> int:
@@ -52,11 +55,72 @@ class Objective(Protocol):
         ...
 
 
+@runtime_checkable
+class Preparing(Protocol):
+    """An objective that wants to know something of the model."""
+
+    def prepared(self, model: nn.Module) -> Any:
+        """The objective to go on with; ``model`` is not changed."""
+        ...
+
+
+@runtime_checkable
+class Checking(Protocol):
+    """An objective that looks at batches before the model does."""
+
+    def check(self, batch: Batch) -> None:
+        """Raise :class:`InvalidInputError` for what the model must not be given."""
+        ...
+
+
+@runtime_checkable
+class Pointing(Protocol):
+    """An objective whose points need not be pairs ``(x, y)``."""
+
+    def points(self, x: Any, y: Any) -> Batch:
+        """The batch that ``x`` and ``y`` stand for where points are given so; ``y`` may be ``None``."""
+        ...
+
+
+@runtime_checkable
+class Masking(Protocol):
+    """An objective that knows which positions of a sample are padding.
+
+    Kronecker factors leave those out of the inputs of every layer with as many positions, provided that no
+    gradient comes from them.
+    """
+
+    def present(self, batch: Batch) -> Sequence[Bool[Tensor, "n t"]]:
+        """For each kind of sequence in the batch, which of its positions are no padding."""
+        ...
+
+
+@runtime_checkable
+class TokenLosses(Protocol):
+    """An objective whose losses are sums over the positions of a sample."""
+
+    def token_losses(self, outputs: Tensor, batch: Batch) -> Float[Tensor, "n t"]:
+        """What every position adds: rows sum to the samples' losses."""
+        ...
+
+
+def logits_of(returned: Any) -> Tensor:
+    """The tensor that a model returned, by itself or as the ``logits`` of something larger."""
+    outputs = returned if isinstance(returned, Tensor) else getattr(returned, "logits", None)
+    if not isinstance(outputs, Tensor):
+        raise InvalidInputError(
+            f"The model returned {type(returned).__name__}; a single tensor (n, …) was expected, or an object "
+            "with one as its 'logits'. Wrap the model, or pass an Objective whose `outputs` picks the tensor."
+        )
+    return outputs
+
+
 @dataclass(frozen=True)
 class SupervisedObjective:
     """Batches ``(x, y)`` and ``loss(output, target)``.
 
-    ``x`` may be a tensor, a tuple (passed as positional arguments) or a mapping (as keyword arguments).
+    ``x`` may be a tensor, a tuple (passed as positional arguments) or a mapping (as keyword arguments). The
+    output is what the model returns, or the ``logits`` of it.
     Each sample's loss is ``loss(output[i:i+1], y[i:i+1])``. The loss of a batch must be the mean of
     these or their sum; which of the two is found out from the data. A sum is divided by the number of
     samples, and that of a loss of torch by the number of terms that its mean would be over, so that the
@@ -118,17 +182,8 @@ class SupervisedObjective:
     def outputs(self, model: Callable[..., Any], batch: Batch) -> Tensor:
         x, _ = _pair(batch)
         if isinstance(x, Mapping):
-            outputs = model(**x)
-        elif isinstance(x, tuple | list):
-            outputs = model(*x)
-        else:
-            outputs = model(x)
-        if not isinstance(outputs, Tensor):
-            raise InvalidInputError(
-                f"The model returned {type(outputs).__name__}; a single tensor (n, …) was expected. Wrap "
-                "the model, or pass an Objective whose `outputs` picks the tensor."
-            )
-        return outputs
+            return logits_of(model(**x))
+        return logits_of(model(*x) if isinstance(x, tuple | list) else model(x))
 
     def mean_loss(self, outputs: Tensor, batch: Batch) -> Float[Tensor, ""]:
         target = _pair(batch)[1]

@@ -10,6 +10,7 @@ from influence_framework.checks import check_differentiable, check_leaves, check
 from influence_framework.data import Batch, detached, split
 from influence_framework.errors import InvalidInputError
 from influence_framework.fitted import Fitted
+from influence_framework.objective import Pointing
 from influence_framework.protocols import InfluenceMode
 
 
@@ -19,11 +20,13 @@ def checked_points(fitted: Fitted, x: Any, y: Any, what: str) -> Batch:
     Raises:
         InvalidInputError: What does not fit, with the remedy.
     """
-    for name, part in (("x", x), ("y", y)):
-        if part is None:
-            raise InvalidInputError(f"{name} of the {what} is missing: pass both x and y.")
-    batch = (x, y)
     problem = fitted.problem
+    objective = problem.objective
+    if x is None:
+        raise InvalidInputError(f"x of the {what} is missing: pass both x and y.")
+    if y is None and not isinstance(objective, Pointing):
+        raise InvalidInputError(f"y of the {what} is missing: pass both x and y.")
+    batch = objective.points(x, y) if isinstance(objective, Pointing) else (x, y)
     check_model(problem.model)
     check_unchanged(problem.model, fitted.state)
     check_leaves(batch, problem.parameters, what)
@@ -42,7 +45,8 @@ def checked_pairs(
     """
     mode = InfluenceMode.parse(mode)
     test = checked_points(fitted, x_test, y_test, "test data")
-    if (x is None) != (y is None):
+    alone = isinstance(fitted.problem.objective, Pointing)
+    if (x is None) != (y is None) and not (alone and y is None):
         given, missing = ("x", "y") if y is None else ("y", "x")
         raise InvalidInputError(
             f"Got {given} without {missing}: pass both, or neither to score the test points on each other."

@@ -32,7 +32,7 @@ from influence_framework.data import (
 from influence_framework.derivatives import has_second_derivatives
 from influence_framework.errors import InvalidInputError, NonFiniteError
 from influence_framework.memory import is_out_of_memory
-from influence_framework.objective import Loss, Objective, SupervisedObjective
+from influence_framework.objective import Checking, Loss, Objective, Preparing, SupervisedObjective
 from influence_framework.parameters import ParameterSpace
 
 DEFAULT_MEMORY_BUDGET = 256 * 2**20
@@ -107,6 +107,8 @@ class Problem:
         parameters = ParameterSpace.of(model)
         check_reiterable(data)
         objective = loss if isinstance(loss, Objective) else SupervisedObjective(loss)
+        if isinstance(objective, Preparing):
+            objective = objective.prepared(model)
         measured = {"size": 0, "batch_size": 0, "sample_bytes": 1, "sample_flops": 0}
         return cls(
             model=model,
@@ -184,6 +186,8 @@ class Problem:
         size = self.objective.size(batch)
         if size == 0:
             raise InvalidInputError(f"A batch of the {what} has no sample.")
+        if isinstance(self.objective, Checking):
+            self.objective.check(batch)
         with torch.no_grad(), random_state_kept():
             outputs = self.outputs({}, batch)
         if outputs.ndim == 0 or outputs.shape[0] != size:

@@ -36,6 +36,7 @@ __all__ = [
     "Registry",
     "default_registry",
     "hessian_sources",
+    "objectives",
     "solvers",
 ]
 
@@ -54,12 +55,12 @@ OFFICIAL_DISTRIBUTIONS = {
 
 @dataclass
 class _Catalogue:
-    methods: dict[Kind, dict[str, list[Method]]] = field(default_factory=lambda: {"solver": {}, "source": {}})
+    methods: dict[Kind, dict[str, list[Method]]] = field(default_factory=lambda: {kind: {} for kind in KINDS})
     failures: list[PluginFailure] = field(default_factory=list)
 
 
 class Registry:
-    """Solvers and sources by name, from core, from entry points and from plugins given by hand.
+    """Solvers, sources and objectives by name, from core, from entry points and from plugins given by hand.
 
     Nothing is imported before the first look-up. Each plugin is loaded on its own: a broken one is set
     aside with the reason and the others work. A name that two plugins claim is an error to whoever asks
@@ -78,6 +79,7 @@ class Registry:
         self._scanning = False
         self.solvers = MethodMapping(self, "solver")
         self.hessian_sources = MethodMapping(self, "source")
+        self.objectives = MethodMapping(self, "objective")
 
     @property
     def failures(self) -> tuple[PluginFailure, ...]:
@@ -211,3 +213,4 @@ def _conflict(methods: Iterable[Method]) -> str:
 default_registry = Registry()
 solvers = default_registry.solvers
 hessian_sources = default_registry.hessian_sources
+objectives = default_registry.objectives
