@@ -69,13 +69,15 @@ class PushForward:
         return pull_back(self._transposed, [self._cotangent], tangents)[0]
 
 
-def has_second_derivatives(outputs: Tensor, losses: Tensor, leaves: Sequence[Tensor]) -> bool:
+def has_second_derivatives(
+    outputs: Tensor, losses: Tensor, leaves: Sequence[Tensor], precision: float
+) -> bool:
     """Whether :class:`PushForward` is the adjoint of the backward pass, of the outputs and of the losses.
 
     A ``torch.autograd.Function`` with ``once_differentiable`` cuts its backward pass off from what it was
     computed from, so that derivatives of it are zero, or parts of them are missing, and nothing is raised.
+    ``precision`` is that of the model's own arithmetic.
     """
-    precision = torch.finfo(outputs.dtype).eps
     try:
         of_outputs, scale = _adjoint_gap(outputs, leaves)
         of_losses, loss_scale = _adjoint_gap(losses, leaves)

@@ -63,6 +63,8 @@ class Problem:
         twice_differentiable: Whether gradients can be differentiated again. Where not, there are scores
             but no curvature products.
         memory_budget: Bytes for caches and intermediate results.
+        precision: ``eps`` of the coarsest dtype that the model computes in: some work in single precision
+            inside whatever that of their parameters is.
         state: Global random state in which every pass starts.
         fingerprint: What the first pass held, to notice other contents in a later one.
     """
@@ -79,6 +81,7 @@ class Problem:
     sample_flops: int
     twice_differentiable: bool
     memory_budget: int
+    precision: float
     state: RandomState
     fingerprint: Fingerprint
 
@@ -119,6 +122,7 @@ class Problem:
             example=None,
             twice_differentiable=False,
             memory_budget=memory_budget,
+            precision=torch.finfo(parameters.dtype).eps,
             state=random_state(data),
             fingerprint=Fingerprint(),
             **measured,
@@ -165,14 +169,16 @@ class Problem:
 
     def _tried(self, batch: Batch) -> Self:
         """What the first samples tell: that each is on its own, what one costs, and which derivatives exist."""
-        self._check_one_sample_at_a_time(batch)
         size = self.objective.size(batch)
+        kept, precision = self._activations(batch)
         tried = replace(
             self,
             example=map_leaves(torch.clone, batch),
-            sample_bytes=self._activation_bytes(batch) // size + 1,
+            precision=precision,
+            sample_bytes=kept // size + 1,
             sample_flops=self._forward_flops(batch) // size,
         )
+        tried._check_one_sample_at_a_time(batch)
         return replace(tried, twice_differentiable=tried._has_second_derivatives())
 
     def validated(self, batch: Batch, what: str) -> Self:
@@ -214,7 +220,7 @@ class Problem:
             once, again = self.outputs({}, batch), self.outputs({}, batch)
             alone = self.outputs({}, take(batch, slice(0, 1)))
         # Far above rounding, which differs with the size of the batch.
-        tolerance = torch.finfo(once.dtype).eps ** 0.5 * once.abs().max()
+        tolerance = self.precision**0.5 * once.abs().max()
         if (once - again).abs().max() > tolerance:
             raise InvalidInputError(
                 "Two forward passes over the same batch gave different outputs: the model draws random "
@@ -231,12 +237,15 @@ class Problem:
                 "of its own: use running statistics, or whatever else keeps samples apart."
             )
 
-    def _activation_bytes(self, batch: Batch) -> int:
-        """Bytes that autograd keeps of one forward pass over ``batch``, parameters left out."""
+    def _activations(self, batch: Batch) -> tuple[int, float]:
+        """Bytes that autograd keeps of one forward pass over ``batch``, parameters left out; their coarsest eps."""
         seen: dict[int, int] = {}
+        precisions = {self.precision}
 
         def note(tensor: Tensor) -> Tensor:
             seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+            if tensor.is_floating_point():
+                precisions.add(torch.finfo(tensor.dtype).eps)
             return tensor
 
         parameters = self.parameters.leaves(self.model)
@@ -246,10 +255,10 @@ class Problem:
         except RuntimeError as error:  # torch.func inside the model does not allow these hooks
             if is_out_of_memory(error):
                 raise
-            return 32 * nbytes(batch)
+            return 32 * nbytes(batch), self.precision
         for tensor in self.model.parameters():
             seen.pop(tensor.data_ptr(), None)
-        return sum(seen.values())
+        return sum(seen.values()), max(precisions)
 
     def _forward_flops(self, batch: Batch) -> int:
         with torch.no_grad(), random_state_kept(), FlopCounterMode(display=False) as counter:
@@ -261,7 +270,7 @@ class Problem:
         with torch.enable_grad(), random_state_kept():
             outputs = self.outputs(named, pair := take(self.example, slice(0, 2)))
             losses = self.objective.sample_losses(outputs, pair)
-        return has_second_derivatives(outputs, losses, leaves)
+        return has_second_derivatives(outputs, losses, leaves, self.precision)
 
     def require_second_derivatives(self) -> None:
         """Raise :class:`InvalidInputError` where gradients of the model cannot be differentiated again."""

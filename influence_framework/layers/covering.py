@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from influence_framework.derivatives import gradients_of
 from influence_framework.errors import InvalidInputError, NonFiniteError
 from influence_framework.layers.forms import FORMS, MatrixForm, UnsupportedLayerError, form_of
 from influence_framework.layers.statistics import Recorded
-from influence_framework.layers.tape import Layer
+from influence_framework.layers.tape import Layer, record
 from influence_framework.memory import is_out_of_memory
 from influence_framework.parameters import ROOT_LAYER, ParameterSpace
 from influence_framework.problem import Problem
@@ -41,7 +42,7 @@ def cover(problem: Problem, parameters: ParameterSpace) -> Cover:
     than samples.
     """
     layers, uncovered = _candidates(problem.model, parameters)
-    refuted = _refuted(problem, parameters, layers)
+    layers, refuted = _confirmed(problem, parameters, layers)
     for layer in refuted:
         for name in layer.parts.values():
             uncovered[name] = (
@@ -49,6 +50,42 @@ def cover(problem: Problem, parameters: ParameterSpace) -> Cover:
             )
     kept = tuple(layer for layer in layers if layer not in refuted)
     return Cover(kept, {name: uncovered[name] for name in parameters.names if name in uncovered})
+
+
+def _confirmed(
+    problem: Problem, parameters: ParameterSpace, layers: list[Layer]
+) -> tuple[list[Layer], list[Layer]]:
+    """The layers in the way of dealing with shared inputs that the model allows, and those that do not hold."""
+    shared = _shared(problem, layers)
+    if not shared:
+        return layers, _refuted(problem, parameters, layers)
+    best: tuple[list[Layer], list[Layer]] | None = None
+    ways: tuple[Literal["expanded", "alone"], ...] = ("expanded", "alone")
+    for way in ways:
+        tried = [replace(x, shared={name: way for name in x.modules if name in shared}) for x in layers]
+        try:
+            refuted = _refuted(problem, parameters, tried)
+        except (RuntimeError, IndexError) as failure:  # the model does not broadcast what was expanded
+            if way == "alone" or is_out_of_memory(failure):
+                raise
+            continue
+        if not refuted:
+            return tried, []
+        if best is None or len(refuted) < len(best[1]):
+            best = tried, refuted
+    assert best is not None
+    return best
+
+
+def _shared(problem: Problem, layers: list[Layer]) -> set[str]:
+    """The modules that are applied to as much for two samples as for one."""
+    names = dict.fromkeys(name for layer in layers for name in layer.modules)
+    first = torch.zeros(1, dtype=torch.long, device=problem.parameters.device)
+    one, two = (record(problem, names, take(problem.example, first.repeat(count))) for count in (1, 2))
+    if [use.module for use in one.uses] != [use.module for use in two.uses]:
+        return set()
+    pairs = zip(one.uses, two.uses, strict=True)
+    return {a.module for a, b in pairs if a.inputs.shape == b.inputs.shape}
 
 
 def _kind(model: nn.Module, layer: Layer) -> str:
@@ -99,14 +136,23 @@ def _forms(
     for module_name, parts in users.items():
         module = model.get_submodule(module_name)
         form = form_of(module, FORMS)
-        if form is None:
-            raise UnsupportedLayerError(f"{type(module).__name__} has no matrix form")
-        forms[module_name] = form(module, {local: places[name] for local, name in parts.items()})
-    first, *others = forms.values()
-    if any(o.one_hot != first.one_hot or not torch.equal(o.places, first.places) for o in others):
+        if form is not None:
+            forms[module_name] = form(module, {local: places[name] for local, name in parts.items()})
+    if not forms:
+        kinds = " and ".join(sorted({type(model.get_submodule(name)).__name__ for name in users}))
+        raise UnsupportedLayerError(f"{kinds} has no matrix form")
+    # Of an embedding and its transpose, a linear layer, the embedding's form is that of both.
+    ordered = dict(sorted(forms.items(), key=lambda item: not item[1].one_hot))
+    first, *others = ordered.values()
+    if not all(_agrees(other, first) for other in others):
         kinds = " and ".join(sorted({type(model.get_submodule(name)).__name__ for name in users}))
         raise UnsupportedLayerError(f"it is shared by modules of different kinds ({kinds})")
-    return forms
+    return ordered
+
+
+def _agrees(form: MatrixForm, first: MatrixForm) -> bool:
+    same = form.one_hot == first.one_hot
+    return torch.equal(form.places if same else form.places.mT, first.places)
 
 
 def _refuted(problem: Problem, parameters: ParameterSpace, layers: list[Layer]) -> list[Layer]:
@@ -135,7 +181,7 @@ def _refuted(problem: Problem, parameters: ParameterSpace, layers: list[Layer]) 
     if not torch.isfinite(expected).all():
         raise NonFiniteError("A gradient of the model contains NaN or infinity: check the data and the model.")
     # The square root of the precision: far above rounding, far below a missing term.
-    tolerance = torch.finfo(parameters.dtype).eps ** 0.5
+    tolerance = problem.precision**0.5
     return [
         layer
         for layer in layers

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from math import prod
 from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from influence_framework.errors import InvalidInputError, PluginConflictError
 from influence_framework.layers.convolution import Convolution, padded_patches, patch_rows
@@ -228,6 +230,28 @@ class LayerNormForm(_ScaleForm):
         return _by_position(entries, 1).sum(2)
 
 
+class NormForm(_ScaleForm):
+    """Norms of other packages, ``y = x̂ ∘ (c + w)`` with one entry of ``w`` for each of the last dimension.
+
+    ``x̂`` is what the module returns for ``w = 1`` less what it returns for ``w = 0``.
+    """
+
+    def __init__(self, module: nn.Module, places: Mapping[str, Tensor]) -> None:
+        super().__init__(module, places)
+        if self._bias or [place.ndim for place in places.values()] != [1]:
+            raise UnsupportedLayerError(f"this {type(module).__name__} has more than one vector of weights")
+        self._module = module
+
+    def _normalized(self, x: Tensor) -> Tensor:
+        weight = x.new_ones(self.places.shape[1])
+        with torch.no_grad():
+            one, none = (functional_call(self._module, {"weight": w}, (x,)) for w in (weight, 0 * weight))
+        return one - none
+
+    def _sum(self, values: Float[Tensor, "s n ..."]) -> Float[Tensor, "s n p"]:
+        return _by_position(values, 1).sum(2)
+
+
 class _ChannelForm(_ScaleForm):
     """One entry for each channel, the dimension after the samples."""
 
@@ -274,8 +298,10 @@ FORMS: dict[type | str, type[MatrixForm]] = {
     **dict.fromkeys((nn.LayerNorm, nn.RMSNorm), LayerNormForm),
     nn.GroupNorm: GroupNormForm,
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), BatchNormForm),
+    # Each architecture has a class of its own for the same norm.
+    **dict.fromkeys(("transformers.models.*RMSNorm", "transformers.models.*T5LayerNorm"), NormForm),
 }
-"""The forms of classes, or of the dotted names of classes that need not be importable."""
+"""The forms of classes, or of the dotted names, or patterns of them, of classes that need not be importable."""
 
 
 def form_of(module: nn.Module, table: Mapping[type | str, type[MatrixForm]]) -> type[MatrixForm] | None:
@@ -284,9 +310,12 @@ def form_of(module: nn.Module, table: Mapping[type | str, type[MatrixForm]]) -> 
     A subclass may compute something else than its base: compare with autograd before relying on the form.
     """
     for kind in type(module).__mro__:
-        form = table.get(kind) or table.get(f"{kind.__module__}.{kind.__qualname__}")
+        form = table.get(kind) or table.get(dotted := f"{kind.__module__}.{kind.__qualname__}")
         if form is not None:
             return form
+        patterns = (key for key in table if isinstance(key, str) and fnmatchcase(dotted, key))
+        for pattern in patterns:
+            return table[pattern]
     return None
 
 

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from influence_framework.data import Batch, split
+from influence_framework.data import Batch, split, take
 from influence_framework.derivatives import CACHE_BYTES, gradients_of, pull_back, rows_at_once
 from influence_framework.errors import InvalidInputError
 from influence_framework.layers.forms import MatrixForm
-from influence_framework.layers.tape import Layer, Tape, record
+from influence_framework.layers.tape import Layer, Tape, Use, of_samples, record
+from influence_framework.objective import Masking
 from influence_framework.output_curvature import OutputCurvature
 from influence_framework.problem import Problem
 
@@ -36,11 +37,14 @@ class LayerBatch:
         inputs: ``ā``, ``(g, n, t, e)``; or ``(n, t)`` with the indices of unit vectors ``ā``.
         output_gradients: ``δ``, ``(s, g, n, t, o)``.
         columns: ``e``.
+        present: Which positions count, where some are padding: their ``δ`` is zero, and so is ``ā`` unless it
+            is an index. ``None`` where all do.
     """
 
     inputs: Float[Tensor, "g n t e"] | Int[Tensor, "n t"]
     output_gradients: Float[Tensor, "s g n t o"]
     columns: int
+    present: Bool[Tensor, "n t"] | None = None
 
     @property
     def one_hot(self) -> bool:
@@ -128,28 +132,51 @@ class Recorded:
     """A batch that has been through the model and back, before it is brought into any layer's form.
 
     Attributes:
-        tape: Every use of the layers' modules.
+        size: Number of samples.
+        uses: Every use of the layers' modules.
         gradients: ``(s, *shape)`` with respect to the output of each.
+        present: Masks of the batch, where it has padding.
     """
 
-    tape: Tape
+    size: int
+    uses: Sequence[Use]
     gradients: Sequence[Tensor]
+    present: Sequence[Bool[Tensor, "n t"]]
 
     @classmethod
     def of(cls, problem: Problem, layers: Sequence[Layer], batch: Batch, rows: Rows) -> Recorded:
         """Run ``batch`` through the model, and ``rows`` back."""
-        tape = record(problem, dict.fromkeys(name for layer in layers for name in layer.modules), batch)
-        gradients = _output_gradients(problem, tape, rows(tape.outputs.detach(), batch)) if tape.uses else []
-        return cls(tape, gradients)
+        names = dict.fromkeys(name for layer in layers for name in layer.modules)
+        ways = {name: way for layer in layers for name, way in layer.shared.items()}
+        alone = [name for name in names if ways.get(name) == "alone"]
+        tape = record(problem, [name for name in names if name not in alone], batch, ways.keys() - set(alone))
+        size, objective = len(tape.outputs), problem.objective
+        present = objective.present(batch) if isinstance(objective, Masking) else []
+        padded = [mask for mask in present if not mask.all()]
+        if not tape.uses and not alone:
+            return cls(size, [], [], padded)
+        cotangents = rows(tape.outputs.detach(), batch)
+        uses, gradients = list(tape.uses), _output_gradients(problem, tape, cotangents)
+        for use, gradient in _one_by_one(problem, alone, batch, cotangents) if alone else []:
+            uses.append(use)
+            gradients.append(gradient)
+        return cls(size, uses, gradients, padded)
 
     def at(self, layer: Layer) -> LayerBatch | None:
         """The layer's part; ``None`` where the model did not apply it."""
-        uses = [
-            _in_form(layer.modules[use.module], use.inputs.detach(), gradient, len(self.tape.outputs), layer)
-            for use, gradient in zip(self.tape.uses, self.gradients, strict=True)
+        found = [
+            (layer.modules[use.module], use.inputs.detach(), gradient)
+            for use, gradient in zip(self.uses, self.gradients, strict=True)
             if use.module in layer.modules
         ]
-        return _joined(uses, layer.form.places.shape[2]) if uses else None
+        if not found:
+            return None
+        parts = [
+            LayerBatch(*_in_form(*use, self.size, layer), columns=use[0].places.shape[2]) for use in found
+        ]
+        if any(part.one_hot != layer.form.one_hot for part in parts):
+            return _transposed_too(parts, layer.form.places.shape[2])
+        return _joined([_masked(part, self.present) for part in parts])
 
 
 def _output_gradients(problem: Problem, tape: Tape, rows: Float[Tensor, "s n ..."]) -> list[Tensor]:
@@ -176,14 +203,64 @@ def _in_form(
     return taken, given
 
 
-def _joined(uses: Sequence[tuple[Tensor, Tensor]], columns: int) -> LayerBatch:
+def _one_by_one(
+    problem: Problem, modules: Sequence[str], batch: Batch, rows: Float[Tensor, "s n ..."]
+) -> Iterator[tuple[Use, Tensor]]:
+    """Uses of modules that are applied to what all samples have in common, from one pass for each sample."""
+    tapes = [record(problem, modules, take(batch, slice(n, n + 1))) for n in range(rows.shape[1])]
+    pulled = [_output_gradients(problem, tape, rows[:, n : n + 1]) for n, tape in enumerate(tapes)]
+    for position, uses in enumerate(zip(*(tape.uses for tape in tapes), strict=True)):
+        inputs = torch.cat([of_samples(use.inputs, 1) for use in uses])
+        gradients = [
+            part if use.shift.ndim > 1 and use.shift.shape[0] == 1 else part.unsqueeze(1)
+            for use, part in zip(uses, (parts[position] for parts in pulled), strict=True)
+        ]
+        yield Use(uses[0].module, inputs, uses[0].shift), torch.cat(gradients, dim=1)
+
+
+def _masked(part: LayerBatch, present: Sequence[Bool[Tensor, "n t"]]) -> LayerBatch:
+    """Without the padding of the first mask that fits: of as many positions, and none with a gradient left out."""
+    for mask in present:
+        if part.positions == 1 or mask.shape != (part.size, part.positions):
+            continue
+        if part.output_gradients.masked_fill(mask[..., None], 0).any():
+            continue
+        inputs = part.inputs if part.one_hot else part.inputs.masked_fill(~mask[..., None], 0)
+        return LayerBatch(inputs, part.output_gradients, part.columns, mask)
+    return part
+
+
+def _joined(parts: Sequence[LayerBatch]) -> LayerBatch:
     """Several uses of a layer are further positions of one."""
-    if len(uses) == 1:
-        return LayerBatch(*uses[0], columns)
-    inputs, gradients = zip(*uses, strict=True)
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    present = None
+    if any(part.present is not None for part in parts):
+        each = [
+            first.output_gradients.new_ones(part.size, part.positions, dtype=torch.bool)
+            if part.present is None
+            else part.present
+            for part in parts
+        ]
+        present = torch.cat(each, dim=1)
     return LayerBatch(
-        torch.cat(inputs, dim=-1 if inputs[0].ndim == 2 else 2), torch.cat(gradients, dim=3), columns
+        torch.cat([part.inputs for part in parts], dim=1 if first.one_hot else 2),
+        torch.cat([part.output_gradients for part in parts], dim=3),
+        first.columns,
+        present,
     )
+
+
+def _transposed_too(parts: Sequence[LayerBatch], columns: int) -> LayerBatch:
+    """Uses as an embedding, and of its transpose as a linear layer: one position for every row of the weight.
+
+    Output gradients of the one stand where inputs of the other do, so that no list of positions serves both.
+    ``G`` as a whole does, with a unit vector for each of its columns.
+    """
+    total = torch.stack([p.gradients() if p.one_hot else p.gradients().mT for p in parts]).sum(0)
+    index = torch.arange(columns, device=total.device).expand(total.shape[1], columns)
+    return LayerBatch(index, total.permute(0, 2, 1, 4, 3), columns)
 
 
 def samples_at_once(problem: Problem, draws: int = 1) -> int:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,16 +23,25 @@ class Layer:
         name: Of the module; of the first, where several share the parameters.
         modules: Names of the modules that use the parameters, each with its form.
         parts: Name within the module to name in the model, of every parameter that takes part.
+        shared: Of its modules, those that the model applies to something that all samples have in common, such
+            as positions, and whose output it broadcasts: the output is ``"expanded"`` over the samples, or,
+            where the model does not allow that, every sample goes through the model ``"alone"``.
     """
 
     name: str
     modules: Mapping[str, MatrixForm]
     parts: Mapping[str, str]
+    shared: Mapping[str, Literal["expanded", "alone"]] = field(default_factory=dict)
 
     @property
     def form(self) -> MatrixForm:
-        """The form of the first module; those that share its parameters have an equal one."""
+        """The form of the first module; those that share its parameters have an equal or the transposed one."""
         return next(iter(self.modules.values()))
+
+    @property
+    def transposed(self) -> bool:
+        """Whether one of its modules is an embedding and another the linear layer that is its transpose."""
+        return any(form.one_hot != self.form.one_hot for form in self.modules.values())
 
 
 @dataclass
@@ -68,19 +77,27 @@ class Tape:
         return [use.shift for use in self.uses]
 
 
-def record(problem: Problem, modules: Iterable[str], batch: Batch) -> Tape:
-    """Run the model on ``batch`` with its parameters held constant and every use of ``modules`` noted."""
+def record(problem: Problem, modules: Iterable[str], batch: Batch, expanded: Collection[str] = ()) -> Tape:
+    """Run the model on ``batch`` with its parameters held constant and every use of ``modules`` noted.
+
+    Inputs and outputs of modules that are ``expanded`` get the samples as their first dimension.
+    """
     uses: list[Use] = []
-    with torch.enable_grad(), _noting(problem.model, modules, uses):
+    samples = dict.fromkeys(expanded, problem.objective.size(batch))
+    with torch.enable_grad(), _noting(problem.model, modules, uses, samples):
         outputs = problem.outputs({}, batch)
     return Tape(outputs, uses)
 
 
 @contextmanager
-def _noting(model: nn.Module, names: Iterable[str], uses: list[Use]) -> Iterator[None]:
+def _noting(
+    model: nn.Module, names: Iterable[str], uses: list[Use], samples: Mapping[str, int]
+) -> Iterator[None]:
     def hook_for(name: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             (inputs, *_) = (*args, *kwargs.values())
+            if name in samples:
+                inputs, output = (of_samples(part, samples[name]) for part in (inputs, output))
             shift = torch.zeros_like(output, requires_grad=True)
             uses.append(Use(name, inputs, shift))
             return output + shift
@@ -94,3 +111,9 @@ def _noting(model: nn.Module, names: Iterable[str], uses: list[Use]) -> Iterator
     finally:
         for handle in handles:
             handle.remove()
+
+
+def of_samples(values: Tensor, count: int) -> Tensor:
+    """What all samples have in common, ``(1, …)`` or without their dimension, for each of ``count`` samples."""
+    with_samples = values if values.ndim > 1 and values.shape[0] == 1 else values[None]
+    return with_samples.expand(count, *with_samples.shape[1:])

@@ -159,7 +159,7 @@ class StreamingOperator(Operator):
         expected = self @ probe
         error = torch.linalg.vector_norm(dense @ probe - expected)
         # The square root of the precision: far above rounding, far below a missing term.
-        return bool(error <= torch.finfo(self.dtype).eps ** 0.5 * torch.linalg.vector_norm(expected))
+        return bool(error <= self.problem.precision**0.5 * torch.linalg.vector_norm(expected))
 
     def cover(self) -> Cover:
         """The layers whose gradients have a matrix form, and the parameters outside them."""

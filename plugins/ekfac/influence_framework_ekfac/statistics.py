@@ -103,7 +103,8 @@ class Covariances:
     def __init__(self, layer: Layer, sharing: WeightSharing, dtype: torch.dtype) -> None:
         self.groups, self.outputs, self.columns = layer.form.places.shape
         self.one_hot = layer.form.one_hot
-        self.sharing = sharing
+        # Columns of a whole gradient are no positions that could be averaged.
+        self.sharing = "expand" if layer.transposed else sharing
         self.dtype = dtype
         self.positions = 0
         self.gradient: Tensor | float = 0.0
@@ -117,24 +118,30 @@ class Covariances:
         # All draws, samples and positions of a group, one after the other.
         rows = deltas.transpose(0, 1).flatten(1, 3).to(self.dtype)
         self.gradient = self.gradient + gram(rows)
-        count = batch.size if self.sharing == "reduce" else batch.size * batch.positions
-        self.positions += count
+        present = batch.present
+        places = batch.size * batch.positions if present is None else int(present.sum())
+        self.positions += batch.size if self.sharing == "reduce" else places
         if self.one_hot:
             self.input = self.input + self._one_hot(batch)
             return
         if self.sharing == "reduce":
-            inputs = inputs.mean(2, keepdim=True)
+            counts = batch.positions if present is None else present.sum(1)[:, None, None]
+            inputs = inputs.sum(2, keepdim=True) / counts
         vectors = inputs.flatten(1, 2).to(self.dtype)
         self.input = self.input + gram(vectors)
 
     def _one_hot(self, batch: LayerBatch) -> Float[Tensor, "1 e"]:
         """The diagonal of the covariance of unit vectors, all of it that there is under ``"expand"``."""
         size, positions = batch.inputs.shape
+        counted = batch.inputs if batch.present is None else batch.inputs[batch.present]
         if self.sharing == "expand":
-            return torch.bincount(batch.inputs.flatten(), minlength=self.columns).to(self.dtype)[None]
+            return torch.bincount(counted.flatten(), minlength=self.columns).to(self.dtype)[None]
         sample = torch.arange(size, device=batch.inputs.device)[:, None].expand(size, positions)
-        pairs, counts = torch.unique((sample * self.columns + batch.inputs).flatten(), return_counts=True)
-        squares = (counts.to(self.dtype) / positions).square()
+        places, each = (sample * self.columns + batch.inputs).flatten(), torch.full_like(sample[:, 0], positions)
+        if batch.present is not None:
+            places, each = places[batch.present.flatten()], batch.present.sum(1)
+        pairs, counts = torch.unique(places, return_counts=True)
+        squares = (counts.to(self.dtype) / each[pairs // self.columns]).square()
         total = torch.zeros(1, self.columns, dtype=self.dtype, device=batch.inputs.device)
         return total.index_add_(1, pairs % self.columns, squares[None])
 
