@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -359,7 +360,11 @@ class Problem:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             # Neither the fused attention kernels nor cuDNN's recurrent ones have a second derivative.
-            with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=cudnn):
+            with (
+                sdpa_kernel(SDPBackend.MATH),
+                torch.backends.cudnn.flags(enabled=cudnn),
+                _activations_kept(self.model),
+            ):
                 return functional_call(self.model, {**buffers, **merged}, args, kwargs)
 
         return call
@@ -375,6 +380,22 @@ class Problem:
     def sample_losses(self, parameters: Mapping[str, Tensor], batch: Batch) -> Float[Tensor, " n"]:
         """``ℓ_i`` of each sample of the batch."""
         return self.objective.sample_losses(self.outputs(parameters, batch), batch)
+
+
+@contextmanager
+def _activations_kept(model: nn.Module) -> Iterator[None]:
+    """Switch off the checkpointing of ``transformers`` meanwhile.
+
+    It computes activations again in the backward pass, where these parameters are no longer in place.
+    """
+    checkpointed = [m for m in model.modules() if m.training and getattr(m, "gradient_checkpointing", False)]
+    for module in checkpointed:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in checkpointed:
+            module.gradient_checkpointing = True
 
 
 def _settled(objective: Objective) -> Objective:
