@@ -117,9 +117,27 @@ def sample_jacobians(
         second: Tensor = torch.func.jacrev(torch.func.jacrev(loss))(outputs.reshape(-1))
         return second
 
+    def jacobian_by_autograd(leaves: dict[str, Tensor], sample: Batch) -> Tensor:
+        inputs = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
+        with torch.enable_grad():
+            outputs = problem.outputs(inputs, sample).reshape(-1)
+        rows = torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device)
+        found = pull_back([outputs], list(inputs.values()), [rows])
+        return parameters.gather_rows(found, rows)
+
+    def curvature_by_autograd(leaves: dict[str, Tensor], sample: Batch) -> Tensor:
+        with torch.no_grad():
+            outputs = problem.outputs(leaves, sample)
+        leaf = outputs.reshape(-1).requires_grad_()
+        with torch.enable_grad():
+            loss = problem.objective.mean_loss(leaf.reshape(outputs.shape), sample)
+        rows = torch.eye(len(leaf), dtype=leaf.dtype, device=leaf.device)
+        (second,) = pull_back(gradients_of(loss, [leaf]), [leaf], [rows])
+        return torch.zeros_like(rows) if second is None else second
+
     return (
-        _per_sample(jacobian, problem, parameters, batch),
-        _per_sample(curvature, problem, parameters, batch),
+        _per_sample(jacobian, problem, parameters, batch, jacobian_by_autograd),
+        _per_sample(curvature, problem, parameters, batch, curvature_by_autograd),
     )
 
 

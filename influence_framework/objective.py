@@ -90,7 +90,7 @@ class Masking(Protocol):
     gradient comes from them.
     """
 
-    def present(self, batch: Batch) -> Sequence[Bool[Tensor, "n t"]]:
+    def present(self, batch: Batch) -> Sequence[Bool[Tensor, "n _t"]]:
         """For each kind of sequence in the batch, which of its positions are no padding."""
         ...
 

@@ -141,7 +141,7 @@ class Recorded:
     size: int
     uses: Sequence[Use]
     gradients: Sequence[Tensor]
-    present: Sequence[Bool[Tensor, "n t"]]
+    present: Sequence[Bool[Tensor, "n _t"]]
 
     @classmethod
     def of(cls, problem: Problem, layers: Sequence[Layer], batch: Batch, rows: Rows) -> Recorded:
@@ -218,7 +218,7 @@ def _one_by_one(
         yield Use(uses[0].module, inputs, uses[0].shift), torch.cat(gradients, dim=1)
 
 
-def _masked(part: LayerBatch, present: Sequence[Bool[Tensor, "n t"]]) -> LayerBatch:
+def _masked(part: LayerBatch, present: Sequence[Bool[Tensor, "n _t"]]) -> LayerBatch:
     """Without the padding of the first mask that fits: of as many positions, and none with a gradient left out."""
     for mask in present:
         if part.positions == 1 or mask.shape != (part.size, part.positions):

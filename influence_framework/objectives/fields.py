@@ -87,7 +87,7 @@ class FieldObjective:
             if name.endswith("attention_mask") and isinstance(mask, Tensor):
                 _check_mask(name, mask)
 
-    def present(self, batch: Batch) -> Sequence[Bool[Tensor, "n t"]]:
+    def present(self, batch: Batch) -> Sequence[Bool[Tensor, "n _t"]]:
         """For each kind of sequence in the batch, which of its tokens are no padding."""
         mask = fields(batch).get("attention_mask")
         return [mask != 0] if isinstance(mask, Tensor) and mask.ndim == 2 else []

@@ -164,7 +164,7 @@ class Seq2SeqLM(TokenObjective):
             return super().outputs(model, batch)
         return logits_of(model(**values))
 
-    def present(self, batch: Batch) -> Sequence[Bool[Tensor, "n t"]]:
+    def present(self, batch: Batch) -> Sequence[Bool[Tensor, "n _t"]]:
         decoder = fields(batch).get("decoder_attention_mask")
         known = decoder != 0 if isinstance(decoder, Tensor) else self.targets(batch) != IGNORED
         return [*super().present(batch), known]
