@@ -41,8 +41,8 @@ def compose(
 
     Args:
         model: A trained model in eval mode.
-        loss: ``loss(output, target) -> scalar``; or an :class:`Objective`, by name (``"causal_lm"``), by mapping
-            with options, or an instance.
+        loss: ``loss(output, target) -> scalar``; or an :class:`Objective`, by name (``"causal_lm"``), by
+            mapping with options, or an instance.
         solver: A name, a mapping ``{"name": ..., option: value, ...}``, or an instance. Options that are
             solvers themselves, such as a preconditioner, are written the same way.
         source: The curvature, likewise; left out, the solver's own choice, else ``"gauss_newton"``,

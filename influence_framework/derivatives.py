@@ -69,9 +69,7 @@ class PushForward:
         return pull_back(self._transposed, [self._cotangent], tangents)[0]
 
 
-def has_second_derivatives(
-    outputs: Tensor, losses: Tensor, leaves: Sequence[Tensor], precision: float
-) -> bool:
+def has_second_derivatives(outputs: Tensor, losses: Tensor, leaves: Sequence[Tensor], precision: float) -> bool:
     """Whether :class:`PushForward` is the adjoint of the backward pass, of the outputs and of the losses.
 
     A ``torch.autograd.Function`` with ``once_differentiable`` cuts its backward pass off from what it was

@@ -204,34 +204,55 @@ class Fitted:
         """Samples in ``batch``."""
         return self.problem.objective.size(batch)
 
-    def factors(self, batch: Batch, log: SolveLog) -> dict[str, Float[Tensor, "m _q"]]:
-        """``(C + λI)⁻¹ ∇ℓ`` of every sample, by block."""
+    def factors(
+        self, batch: Batch, log: SolveLog, problem: Problem | None = None
+    ) -> dict[str, Float[Tensor, "m _q"]]:
+        """``(C + λI)⁻¹ ∇ℓ`` of every sample, by block; of the losses of another ``problem`` where given."""
         chunks = [
             {name: block.solve(gradients, log) for name, block in self.blocks.items()}
-            for gradients in self.gradients(batch)
+            for gradients in self.gradients(batch, problem=problem)
         ]
         return {name: torch.cat([chunk[name] for chunk in chunks]) for name in self.blocks}
 
-    def scores(self, test: Batch, train: Batch, mode: InfluenceMode, log: SolveLog) -> dict[str, Tensor]:
-        """Scores by block, solving for the smaller side where both will do."""
+    def scores(
+        self,
+        test: Batch,
+        train: Batch,
+        mode: InfluenceMode,
+        log: SolveLog,
+        problems: Sequence[Problem] | None = None,
+    ) -> dict[str, Tensor]:
+        """Scores by block, solving for the smaller side where both will do.
+
+        ``problems`` are those whose losses are differentiated for the test and for the training points.
+        """
+        problems = problems or (self.problem, self.problem)
         if mode is InfluenceMode.Up and self.size(train) < self.size(test):
-            return {name: part.T for name, part in self.scores(train, test, mode, log).items()}
+            swapped = self.scores(train, test, mode, log, problems[::-1])
+            return {name: part.T for name, part in swapped.items()}
         if mode is InfluenceMode.Up and (scorer := self.layer_scorer()) is not None:
             with _scored(self.blocks.values(), self.size(test), log):
-                (scores,) = scorer.scores(test, train)
+                (scores,) = scorer.scores(test, train, problems=problems)
             return scores
         parts = []
-        for gradients in self.gradients(test):
+        for gradients in self.gradients(test, problem=problems[0]):
             factors = {name: block.solve(gradients, log) for name, block in self.blocks.items()}
-            parts.append(self.contract(factors, train, mode))
+            parts.append(self.contract(factors, train, mode, problems[1]))
         return {name: torch.cat([part[name] for part in parts]) for name in self.blocks}
 
     def sweep(
-        self, test: Batch, train: Batch, mode: InfluenceMode, values: Sequence[Strength], log: SolveLog
+        self,
+        test: Batch,
+        train: Batch,
+        mode: InfluenceMode,
+        values: Sequence[Strength],
+        log: SolveLog,
+        problems: Sequence[Problem] | None = None,
     ) -> dict[Strength, dict[str, Tensor]]:
         """:meth:`scores` at each λ, with one pass over the gradients of each side for all of them."""
+        problems = problems or (self.problem, self.problem)
         if mode is InfluenceMode.Up and self.size(train) < self.size(test):
-            swapped = self.sweep(train, test, mode, values, log)
+            swapped = self.sweep(train, test, mode, values, log, problems[::-1])
             return {s: {name: part.T for name, part in scores.items()} for s, scores in swapped.items()}
         each = [self._absolute(dict.fromkeys(self.blocks, value)) for value in values]
         strengths = {name: [at[name] for at in each] for name in self.blocks}
@@ -239,15 +260,15 @@ class Fitted:
         if mode is InfluenceMode.Up and (scorer := self.layer_scorer()) is not None:
             inverses = [{name: at[name][i].inverse for name in at} for i in range(len(values))]
             with _scored([block for each in at.values() for block in each], self.size(test), log):
-                return dict(zip(values, scorer.scores(test, train, inverses), strict=True))
+                return dict(zip(values, scorer.scores(test, train, inverses, problems), strict=True))
         parts = []
-        for gradients in self.gradients(test, copies=SOLVE_COPIES * len(values)):
+        for gradients in self.gradients(test, SOLVE_COPIES * len(values), problems[0]):
             factors = {
                 (i, name): Factors(rows, block.index)
                 for name, block in self.blocks.items()
                 for i, rows in enumerate(block.solve_sweep(gradients, strengths[name], at[name], log))
             }
-            parts.append(_contract(mode, factors, self.problem, train))
+            parts.append(_contract(mode, factors, problems[1], train))
         return {
             value: {name: torch.cat([part[i, name] for part in parts]) for name in self.blocks}
             for i, value in enumerate(values)
@@ -285,10 +306,12 @@ class Fitted:
         inverses = {name: block.inverse for name, block in self.blocks.items()}
         return LayerScorer(self.problem, operators, inverses) if suits(operators, inverses) else None
 
-    def contract(self, factors: Mapping[str, Tensor], batch: Batch, mode: InfluenceMode) -> dict[str, Tensor]:
+    def contract(
+        self, factors: Mapping[str, Tensor], batch: Batch, mode: InfluenceMode, problem: Problem | None = None
+    ) -> dict[str, Tensor]:
         """Each block's scores, from one pass over the gradients for all blocks."""
         parts = {name: Factors(factors[name], block.index) for name, block in self.blocks.items()}
-        return _contract(mode, parts, self.problem, batch)
+        return _contract(mode, parts, problem or self.problem, batch)
 
     def contract_whole(self, factors: Float[Tensor, "m P"], batch: Batch, mode: InfluenceMode) -> Tensor:
         """Scores from factors over the whole vector."""
@@ -303,12 +326,14 @@ class Fitted:
             rows[:, block.selection] = factors[name]
         return rows
 
-    def gradients(self, batch: Batch, copies: int = SOLVE_COPIES) -> Iterator[Float[Tensor, "m P"]]:
+    def gradients(
+        self, batch: Batch, copies: int = SOLVE_COPIES, problem: Problem | None = None
+    ) -> Iterator[Float[Tensor, "m P"]]:
         """Per-sample gradients, as many at a time as can be solved for within the budget."""
         parameters = self.problem.parameters
         count = samples_within(self.problem, parameters, self.problem.memory_budget, copies)
         for chunk in split(batch, self.size(batch), count):
-            yield sample_gradients(self.problem, parameters, chunk)
+            yield sample_gradients(problem or self.problem, parameters, chunk)
 
 
 @contextmanager

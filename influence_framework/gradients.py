@@ -123,7 +123,12 @@ def sample_jacobians(
             outputs = problem.outputs(inputs, sample).reshape(-1)
         rows = torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device)
         found = pull_back([outputs], list(inputs.values()), [rows])
-        return parameters.gather_rows(found, rows)
+        return parameters.flatten_rows(
+            [
+                leaf.new_zeros(len(rows), *leaf.shape) if part is None else part
+                for leaf, part in zip(inputs.values(), found, strict=True)
+            ]
+        )
 
     def curvature_by_autograd(leaves: dict[str, Tensor], sample: Batch) -> Tensor:
         with torch.no_grad():

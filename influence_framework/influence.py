@@ -13,10 +13,12 @@ from influence_framework.bounds import BoundedScores, bounded_scores
 from influence_framework.composed import ComposedModel
 from influence_framework.data import random_state_kept
 from influence_framework.errors import InvalidInputError
+from influence_framework.measurement import Measurement, measured
 from influence_framework.memory import advises_on_memory
 from influence_framework.points import check_factors, checked_pairs, checked_points
 from influence_framework.protocols import InfluenceMode
 from influence_framework.regularization import RelativeRegularization, Strength, check_regularization
+from influence_framework.token_scores import of_test_tokens, of_training_tokens
 
 
 class TorchInfluenceFunctionModel(ComposedModel):
@@ -61,6 +63,7 @@ class TorchInfluenceFunctionModel(ComposedModel):
         y: Any = None,
         mode: InfluenceMode | str = InfluenceMode.Up,
         *,
+        measurement: Measurement | None = None,
         return_bounds: Literal[False] = False,
     ) -> Tensor: ...
 
@@ -84,6 +87,7 @@ class TorchInfluenceFunctionModel(ComposedModel):
         y: Any = None,
         mode: InfluenceMode | str = InfluenceMode.Up,
         *,
+        measurement: Measurement | None = None,
         return_bounds: bool = False,
     ) -> Tensor | BoundedScores:
         """Scores of every training point ``(x, y)`` for every test point.
@@ -97,6 +101,9 @@ class TorchInfluenceFunctionModel(ComposedModel):
             x: Inputs of the training points; with ``y`` left out too, the test points stand in.
             y: Their targets.
             mode: A member of :class:`InfluenceMode` or its value.
+            measurement: ``m(outputs, batch)``, a number for every test point in place of its loss, ``(n_test,)``:
+                a difference of logits, a margin. Scores are then ``∇m(z_test)ᵀ (C + λI)⁻¹ ∇ℓ(z)``; positive:
+                up-weighting the training point lowers ``m``.
             return_bounds: Correct the scores of mode Up by the residuals of both sides, and bound what error is
                 left: see :func:`influence_framework.bounds.bounded_scores`. Solves for both sides, and needs a
                 positive semidefinite curvature with λ > 0.
@@ -110,7 +117,9 @@ class TorchInfluenceFunctionModel(ComposedModel):
             InvalidInputError: What does not fit, with the remedy.
         """
         if not return_bounds:
-            return self._total(self.influences_by_block(x_test, y_test, x, y, mode))
+            return self._total(self.influences_by_block(x_test, y_test, x, y, mode, measurement=measurement))
+        if measurement is not None:
+            raise InvalidInputError("return_bounds=True bounds scores of losses; leave the measurement out.")
         return self._bounded(x_test, y_test, x, y, mode)
 
     @advises_on_memory(points=True)
@@ -121,15 +130,62 @@ class TorchInfluenceFunctionModel(ComposedModel):
         x: Any = None,
         y: Any = None,
         mode: InfluenceMode | str = InfluenceMode.Up,
+        *,
+        measurement: Measurement | None = None,
     ) -> dict[str, Tensor]:
         """Each block's part of :meth:`influences`; they add up to it."""
         fitted = self.fitted
-        mode, test, train = checked_pairs(fitted, x_test, y_test, x, y, mode)
+        mode, test, train = checked_pairs(fitted, x_test, y_test, x, y, mode, measurement)
         with self.solving() as log:
-            return fitted.scores(test, train, mode, log)
+            problems = measured(fitted.problem, measurement), fitted.problem
+            return fitted.scores(test, train, mode, log, problems)
 
     @advises_on_memory(points=True)
-    def self_influences(self, x: Any, y: Any) -> Float[Tensor, " n"]:
+    def token_influences(
+        self,
+        x_test: Any,
+        y_test: Any = None,
+        x: Any = None,
+        y: Any = None,
+        *,
+        side: Literal["train", "test"] = "train",
+        measurement: Measurement | None = None,
+    ) -> Float[Tensor, "m n t"]:
+        """What every token of the training or of the test sequences adds to :meth:`influences`.
+
+        A sequence's loss is the sum of what its tokens add, ``ℓ_n = Σ_t ℓ_nt``, and so are scores::
+
+            side "train":  ∇ℓ(z_test)ᵀ (C + λI)⁻¹ ∇ℓ_t(z)        one solve a test point
+            side "test":   ∇ℓ_t(z_test)ᵀ (C + λI)⁻¹ ∇ℓ(z)        one solve a token of every test point
+
+        Args:
+            x_test: The test points, as for :meth:`influences`.
+            y_test: Their targets.
+            x: The training points; left out, the test points stand in.
+            y: Their targets.
+            side: Whose tokens.
+            measurement: Of the test points, in place of their loss; for training tokens alone.
+
+        Returns:
+            ``(n_test, n_train, T)``, which sums over ``T`` to :meth:`influences`; zero for padding.
+
+        Raises:
+            NotFittedError: Before ``fit``.
+            InvalidInputError: An objective without losses of tokens, or what does not fit, with the remedy.
+        """
+        if side not in ("train", "test"):
+            raise InvalidInputError(f"side is 'train' or 'test', got {side!r}.")
+        if side == "test" and measurement is not None:
+            raise InvalidInputError("A measurement has no tokens to take apart: use side='train'.")
+        fitted = self.fitted
+        _, test, train = checked_pairs(fitted, x_test, y_test, x, y, InfluenceMode.Up, measurement)
+        with self.solving() as log:
+            if side == "test":
+                return of_test_tokens(fitted, test, train, log)
+            return of_training_tokens(fitted, test, train, log, measured(fitted.problem, measurement))
+
+    @advises_on_memory(points=True)
+    def self_influences(self, x: Any, y: Any = None) -> Float[Tensor, " n"]:
         """``∇ℓ(z)ᵀ (C + λI)⁻¹ ∇ℓ(z)`` of every point: its influence on its own loss, ``(n,)``.
 
         High values mark points that the model had to learn by heart, wrong labels among them. The same as
@@ -143,7 +199,7 @@ class TorchInfluenceFunctionModel(ComposedModel):
         return self._total(self.self_influences_by_block(x, y))
 
     @advises_on_memory(points=True)
-    def self_influences_by_block(self, x: Any, y: Any) -> dict[str, Tensor]:
+    def self_influences_by_block(self, x: Any, y: Any = None) -> dict[str, Tensor]:
         """Each block's part of :meth:`self_influences`; they add up to it."""
         fitted = self.fitted
         batch = checked_points(fitted, x, y, "points")
@@ -151,7 +207,7 @@ class TorchInfluenceFunctionModel(ComposedModel):
             return fitted.self_scores(batch, log)
 
     @advises_on_memory(points=True)
-    def residuals(self, x: Any, y: Any) -> Float[Tensor, " n"]:
+    def residuals(self, x: Any, y: Any = None) -> Float[Tensor, " n"]:
         """Largest ``‖g − (C + λI) x̂‖ / ‖g‖`` of any block for every point's gradient ``g`` and factor ``x̂``.
 
         Measured against the curvature itself, at the cost of one product with it, whatever the solver: how
@@ -176,6 +232,8 @@ class TorchInfluenceFunctionModel(ComposedModel):
         x_train: Any = None,
         y_train: Any = None,
         mode: InfluenceMode | str = InfluenceMode.Up,
+        *,
+        measurement: Measurement | None = None,
     ) -> dict[Strength, dict[str, Tensor]]:
         """:meth:`influences_by_block` for several λ at about the cost of one.
 
@@ -188,6 +246,7 @@ class TorchInfluenceFunctionModel(ComposedModel):
             x_train: Inputs of the training points; with ``y_train`` left out too, the test points stand in.
             y_train: Their targets.
             mode: A member of :class:`InfluenceMode` or its value.
+            measurement: Of the test points, as for :meth:`influences`.
 
         Returns:
             For each λ, in the order given, the scores by block: ``(n_test, n_train)`` in mode Up,
@@ -204,34 +263,41 @@ class TorchInfluenceFunctionModel(ComposedModel):
             raise InvalidInputError("regularization_values is empty: pass at least one λ.")
         for value in regularization_values:
             check_regularization(value, "regularization_values")
-        mode, test, train = checked_pairs(fitted, x, y, x_train, y_train, mode)
+        mode, test, train = checked_pairs(fitted, x, y, x_train, y_train, mode, measurement)
+        problems = measured(fitted.problem, measurement), fitted.problem
         with self.solving() as log:
-            return fitted.sweep(test, train, mode, list(dict.fromkeys(regularization_values)), log)
+            return fitted.sweep(test, train, mode, list(dict.fromkeys(regularization_values)), log, problems)
 
     @advises_on_memory(points=True)
-    def influence_factors(self, x: Any, y: Any) -> Float[Tensor, "n P"]:
+    def influence_factors(
+        self, x: Any, y: Any = None, *, measurement: Measurement | None = None
+    ) -> Float[Tensor, "n P"]:
         """``(C + λI)⁻¹ ∇ℓ(z)`` of every point, one row each, in the order of the flat vector.
+
+        With a ``measurement``, of that in place of the loss: see :meth:`influences`.
 
         Raises:
             NotFittedError: Before ``fit``.
             InvalidInputError: What does not fit, with the remedy.
         """
-        return self.fitted.assemble(self.influence_factors_by_block(x, y))
+        return self.fitted.assemble(self.influence_factors_by_block(x, y, measurement=measurement))
 
     @advises_on_memory(points=True)
-    def influence_factors_by_block(self, x: Any, y: Any) -> dict[str, Tensor]:
+    def influence_factors_by_block(
+        self, x: Any, y: Any = None, *, measurement: Measurement | None = None
+    ) -> dict[str, Tensor]:
         """Each block's columns ``(n, P_block)`` of :meth:`influence_factors`."""
         fitted = self.fitted
-        batch = checked_points(fitted, x, y, "points")
+        batch = checked_points(fitted, x, y, "points", measurement)
         with self.solving() as log:
-            return fitted.factors(batch, log)
+            return fitted.factors(batch, log, measured(fitted.problem, measurement))
 
     @advises_on_memory(points=True)
     def influences_from_factors(
         self,
         z_test_factors: Float[Tensor, "m P"],
         x: Any,
-        y: Any,
+        y: Any = None,
         mode: InfluenceMode | str = InfluenceMode.Up,
     ) -> Tensor:
         """Scores of training points from factors computed earlier.
@@ -258,7 +324,7 @@ class TorchInfluenceFunctionModel(ComposedModel):
         self,
         z_test_factors: Mapping[str, Tensor],
         x: Any,
-        y: Any,
+        y: Any = None,
         mode: InfluenceMode | str = InfluenceMode.Up,
     ) -> dict[str, Tensor]:
         """Each block's part of :meth:`influences_from_factors`, from factors by block."""

@@ -50,17 +50,25 @@ class LayerScorer:
         }
 
     def scores(
-        self, test: Batch, train: Batch, at: Sequence[Mapping[str, InverseOperator]] | None = None
+        self,
+        test: Batch,
+        train: Batch,
+        at: Sequence[Mapping[str, InverseOperator]] | None = None,
+        problems: Sequence[Problem] | None = None,
     ) -> list[dict[str, Float[Tensor, "m n"]]]:
-        """``g_mᵀ (C + λI)⁻¹ g_n`` of every pair by block, with the inverses ``at`` each of several λ."""
+        """``g_mᵀ (C + λI)⁻¹ g_n`` of every pair by block, with the inverses ``at`` each of several λ.
+
+        ``problems`` are those whose losses are differentiated for the test and for the training points.
+        """
+        of_test, of_train = problems or (self.problem, self.problem)
         chosen = [self.inverses] if at is None else cast("Sequence[Mapping[str, LayerScoring]]", at)
         size = self.problem.objective.size
         # Filled piece by piece: parts that are put together at the end would take as much again.
         found: list[dict[str, Tensor]] = [{} for _ in chosen]
         row = 0
-        for held, rows in self._held(test):
+        for held, rows in self._held(test, of_test):
             place = slice(row, row + rows)
-            self._fill(found, place, size(test), held, train, chosen)
+            self._fill(found, place, size(test), held, train, chosen, of_train)
             row += rows
         return found
 
@@ -78,10 +86,11 @@ class LayerScorer:
         held: Sides,
         train: Batch,
         chosen: Sequence[Mapping[str, LayerScoring]],
+        problem: Problem | None = None,
     ) -> None:
         """Write the scores of ``held`` with ``train`` into ``rows`` of matrices that are ``height`` high."""
         width, column = self.problem.objective.size(train), 0
-        for columns, sides in self.prepared(train):
+        for columns, sides in self.prepared(train, problem):
             place = rows, slice(column, column + columns)
             for inverses, scores in zip(chosen, found, strict=True):
                 for name, inverse in inverses.items():
@@ -98,10 +107,10 @@ class LayerScorer:
             parts.append({name: inverse.self_scores(sides[name]) for name, inverse in self.inverses.items()})
         return {name: torch.cat([part[name] for part in parts]) for name in self.inverses}
 
-    def prepared(self, batch: Batch) -> Iterator[tuple[int, Sides]]:
+    def prepared(self, batch: Batch, problem: Problem | None = None) -> Iterator[tuple[int, Sides]]:
         """The batch in pieces that the memory budget allows: samples of each, and what scores need of them."""
         for piece in split(batch, self.problem.objective.size(batch), samples_at_once(self.problem)):
-            yield self.problem.objective.size(piece), self._sides(piece)
+            yield self.problem.objective.size(piece), self._sides(piece, problem or self.problem)
 
     def combined(self, found: Sequence[Sides]) -> Sides:
         """What scores need of several pieces together."""
@@ -109,20 +118,20 @@ class LayerScorer:
             return found[0]
         return {name: i.join([sides[name] for sides in found]) for name, i in self.inverses.items()}
 
-    def _sides(self, batch: Batch) -> dict[str, Any]:
+    def _sides(self, batch: Batch, problem: Problem) -> dict[str, Any]:
         every = [layer for layers in self.layers.values() for layer in layers]
-        found = layer_batch(self.problem, every, batch, true_gradients(self.problem))
+        found = layer_batch(problem, every, batch, true_gradients(problem))
         size = self.problem.objective.size(batch)
         return {
             name: inverse.side({x.name: found[x] for x in self.layers[name] if x in found}, size)
             for name, inverse in self.inverses.items()
         }
 
-    def _held(self, batch: Batch) -> Iterator[tuple[Sides, int]]:
+    def _held(self, batch: Batch, problem: Problem) -> Iterator[tuple[Sides, int]]:
         """The samples of one side with their number, as many at a time as half the budget holds."""
         found: list[Sides] = []
         held = count = 0
-        for samples, sides in self.prepared(batch):
+        for samples, sides in self.prepared(batch, problem):
             size = nbytes(sides)
             if found and held + size > self.problem.memory_budget // 2:
                 yield self.combined(found), count

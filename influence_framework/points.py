@@ -10,17 +10,18 @@ from influence_framework.checks import check_differentiable, check_leaves, check
 from influence_framework.data import Batch, detached, split
 from influence_framework.errors import InvalidInputError
 from influence_framework.fitted import Fitted
+from influence_framework.measurement import Measurement, measured
 from influence_framework.objective import Pointing
 from influence_framework.protocols import InfluenceMode
 
 
-def checked_points(fitted: Fitted, x: Any, y: Any, what: str) -> Batch:
+def checked_points(fitted: Fitted, x: Any, y: Any, what: str, measurement: Measurement | None = None) -> Batch:
     """The points ``(x, y)``: finite, of the model's dtype and device, and the model as it was at the fit.
 
     Raises:
         InvalidInputError: What does not fit, with the remedy.
     """
-    problem = fitted.problem
+    problem = measured(fitted.problem, measurement)
     objective = problem.objective
     if x is None:
         raise InvalidInputError(f"x of the {what} is missing: pass both x and y.")
@@ -36,7 +37,13 @@ def checked_points(fitted: Fitted, x: Any, y: Any, what: str) -> Batch:
 
 
 def checked_pairs(
-    fitted: Fitted, x_test: Any, y_test: Any, x: Any, y: Any, mode: InfluenceMode | str
+    fitted: Fitted,
+    x_test: Any,
+    y_test: Any,
+    x: Any,
+    y: Any,
+    mode: InfluenceMode | str,
+    measurement: Measurement | None = None,
 ) -> tuple[InfluenceMode, Batch, Batch]:
     """The mode, test and training points; where no training points are given, both are one object.
 
@@ -44,13 +51,16 @@ def checked_pairs(
         InvalidInputError: What does not fit, with the remedy.
     """
     mode = InfluenceMode.parse(mode)
-    test = checked_points(fitted, x_test, y_test, "test data")
+    test = checked_points(fitted, x_test, y_test, "test data", measurement)
     alone = isinstance(fitted.problem.objective, Pointing)
     if (x is None) != (y is None) and not (alone and y is None):
         given, missing = ("x", "y") if y is None else ("y", "x")
         raise InvalidInputError(
             f"Got {given} without {missing}: pass both, or neither to score the test points on each other."
         )
+    if x is None and measurement is not None:
+        # What is measured is no loss: the same points are another thing as training points.
+        x, y = x_test, y_test
     train = test if x is None else checked_points(fitted, x, y, "training points")
     if mode is InfluenceMode.Perturbation:
         check_differentiable(train)

@@ -43,6 +43,10 @@ TRIAL = 32
 """Samples that are tried beforehand: enough for a batch, few enough to cost nothing."""
 
 
+CHECKPOINTED = "gradient_checkpointing"
+"""The attribute by which modules of ``transformers`` say that they checkpoint."""
+
+
 @dataclass(frozen=True, eq=False)
 class Problem:
     """What is differentiated: ``1/N Σ_i ℓ_i(θ)`` of a model over its training data.
@@ -239,7 +243,7 @@ class Problem:
             )
 
     def _activations(self, batch: Batch) -> tuple[int, float]:
-        """Bytes that autograd keeps of one forward pass over ``batch``, parameters left out; their coarsest eps."""
+        """Bytes that autograd keeps of a forward pass over ``batch``, parameters left out; their coarsest eps."""
         seen: dict[int, int] = {}
         precisions = {self.precision}
 
@@ -388,14 +392,14 @@ def _activations_kept(model: nn.Module) -> Iterator[None]:
 
     It computes activations again in the backward pass, where these parameters are no longer in place.
     """
-    checkpointed = [m for m in model.modules() if m.training and getattr(m, "gradient_checkpointing", False)]
+    checkpointed = [m for m in model.modules() if m.training and getattr(m, CHECKPOINTED, False)]
     for module in checkpointed:
-        module.gradient_checkpointing = False
+        setattr(module, CHECKPOINTED, False)
     try:
         yield
     finally:
         for module in checkpointed:
-            module.gradient_checkpointing = True
+            setattr(module, CHECKPOINTED, True)
 
 
 def _settled(objective: Objective) -> Objective:

@@ -1,7 +1,7 @@
 """Architectures of ``transformers`` at tiny size, and their dense references from ``torch.func`` in float64.
 
-The references run every sample alone and without its padding, so that no mask is needed: what padding and company
-must not change is wrong here when they do.
+The references run every sample alone and without its padding, so that no mask is needed: what padding and
+company must not change is wrong here when they do.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ def llama() -> nn.Module:
 
 
 def lora() -> nn.Module:
-    options = peft.LoraConfig(r=2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    options = peft.LoraConfig(
+        r=2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, task_type="CAUSAL_LM"
+    )
     with warnings.catch_warnings():
         # peft asks for an attribute that transformers has renamed.
         warnings.simplefilter("ignore", FutureWarning)
@@ -265,9 +267,7 @@ def unflat(name: str, vector: Tensor) -> dict[str, Tensor]:
 def gradients(name: str, batch: Fields) -> Tensor:
     """``(n, P)``."""
     own = parameters(model(name))
-    rows = [
-        flat(grad(lambda v, s=sample: loss(name, outputs(name, v, s), s))(own)) for sample in alone(batch)
-    ]
+    rows = [flat(grad(lambda v, s=sample: loss(name, outputs(name, v, s), s))(own)) for sample in alone(batch)]
     return torch.stack(rows)
 
 

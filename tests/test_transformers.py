@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 import influence_framework as inf
 from tests import language
@@ -26,7 +25,9 @@ LOOSE = {"lissa": 0.02}
 
 def composed(name: str, data: Any = None, **options: Any) -> inf.TorchInfluenceFunctionModel:
     model = inf.compose(
-        language.model(name), ARCHITECTURES[name].objective, **({"solver": "direct", "preflight": False} | options)
+        language.model(name),
+        ARCHITECTURES[name].objective,
+        **({"solver": "direct", "preflight": False} | options),
     )
     return model.fit(data or language.training(name))
 

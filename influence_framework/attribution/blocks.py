@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,7 @@ class Block:
 def blocks(loader: Iterable[Any], size: int) -> Iterator[Block]:
     """One pass over ``loader`` in blocks of ``size`` samples, the last one smaller.
 
-    Batches are ``(x, y)`` or ``(x, y, ids)``. Without identifiers the position of a sample stands for it, which
+    Batches are ``(x, y)``, ``(x, y, ids)`` or fields, which stand for ``(fields, None)``. Without identifiers the position of a sample stands for it, which
     means something only where every pass has the same order.
 
     Raises:
@@ -80,6 +80,8 @@ def blocks(loader: Iterable[Any], size: int) -> Iterator[Block]:
 
 
 def _identified(raw: Any, seen: int, loader: Iterable[Any]) -> tuple[Batch, Identifiers]:
+    if isinstance(raw, Mapping):
+        raw = (raw, None)
     if not isinstance(raw, tuple | list) or len(raw) not in (2, 3):
         got = f"{len(raw)} parts" if isinstance(raw, tuple | list) else type(raw).__name__
         raise InvalidInputError(f"Expected batches (x, y) or (x, y, identifiers), got {got}.")

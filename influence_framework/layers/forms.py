@@ -246,7 +246,8 @@ class NormForm(_ScaleForm):
         weight = x.new_ones(self.places.shape[1])
         with torch.no_grad():
             one, none = (functional_call(self._module, {"weight": w}, (x,)) for w in (weight, 0 * weight))
-        return one - none
+        normalized: Tensor = one - none
+        return normalized
 
     def _sum(self, values: Float[Tensor, "s n ..."]) -> Float[Tensor, "s n p"]:
         return _by_position(values, 1).sum(2)

@@ -171,9 +171,7 @@ class Recorded:
         ]
         if not found:
             return None
-        parts = [
-            LayerBatch(*_in_form(*use, self.size, layer), columns=use[0].places.shape[2]) for use in found
-        ]
+        parts = [LayerBatch(*_in_form(*use, self.size, layer), columns=use[0].places.shape[2]) for use in found]
         if any(part.one_hot != layer.form.one_hot for part in parts):
             return _transposed_too(parts, layer.form.places.shape[2])
         return _joined([_masked(part, self.present) for part in parts])
@@ -219,7 +217,7 @@ def _one_by_one(
 
 
 def _masked(part: LayerBatch, present: Sequence[Bool[Tensor, "n _t"]]) -> LayerBatch:
-    """Without the padding of the first mask that fits: of as many positions, and none with a gradient left out."""
+    """Without the padding of the first mask that fits: of as many positions, no gradient at those left out."""
     for mask in present:
         if part.positions == 1 or mask.shape != (part.size, part.positions):
             continue

@@ -110,14 +110,14 @@ class FieldObjective:
             self._check_unpadded(name, ids)
 
     def _check_unpadded(self, name: str, ids: Tensor) -> None:
-        padding = ids == self.pad_token_id
+        padding = torch.eq(ids, self.pad_token_id or 0)
         # Tokens from an edge of the row to the first that is none.
         ends = padding.flip(1).long().cumprod(1).sum(1) + padding.long().cumprod(1).sum(1)
         if len(ends.unique()) > 1:
             raise InvalidInputError(
                 f"The rows of {name} begin or end with different numbers of the padding token "
-                f"{self.pad_token_id} and the batch has no attention_mask: sequences of unequal length need one. "
-                "Pass it as the tokenizer returns it, or all ones where these tokens are real."
+                f"{self.pad_token_id} and the batch has no attention_mask: sequences of unequal length need "
+                "one. Pass it as the tokenizer returns it, or all ones where these tokens are real."
             )
 
 
@@ -126,7 +126,8 @@ def fields(batch: Batch) -> Mapping[str, Any]:
     if isinstance(batch, Mapping):
         return batch
     if isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[0], Mapping):
-        x, y = batch
+        x: Mapping[str, Any] = batch[0]
+        y = batch[1]
         if y is None:
             return x
         if "labels" in x:
@@ -134,7 +135,8 @@ def fields(batch: Batch) -> Mapping[str, Any]:
         return {**x, "labels": y}
     raise InvalidInputError(
         "Expected a batch that is a mapping such as {'input_ids': ..., 'attention_mask': ..., 'labels': ...}, "
-        f"or a pair of one and its labels; got {type(batch).__name__}. For (x, y) use the objective 'supervised'."
+        f"or a pair of one and its labels; got {type(batch).__name__}. For (x, y) use the objective "
+        "'supervised'."
     )
 
 
@@ -153,8 +155,8 @@ def check_labels(labels: Tensor, classes: int, what: str) -> None:
     wrong = (labels != IGNORED) & ((labels < 0) | (labels >= classes))
     if wrong.any():
         raise InvalidInputError(
-            f"The label {int(labels[wrong][0])} is outside the {classes} {what} that the model's output has; labels "
-            f"are 0 to {classes - 1}, or {IGNORED} for none."
+            f"The label {int(labels[wrong][0])} is outside the {classes} {what} that the model's output has; "
+            f"labels are 0 to {classes - 1}, or {IGNORED} for none."
         )
 
 
@@ -175,4 +177,3 @@ def _embedded(model: nn.Module) -> int | None:
         return None
     rows = getattr(embedding, "num_embeddings", None)
     return rows if isinstance(rows, int) else None
-

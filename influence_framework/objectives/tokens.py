@@ -59,13 +59,13 @@ class TokenObjective(FieldObjective):
         return self.sample_losses(outputs, batch).mean()
 
     def token_losses(self, outputs: Float[Tensor, "n t v"], batch: Batch) -> Float[Tensor, "n t"]:
-        """What every label adds to its sequence's loss: rows sum to ``ℓ_i``, zero where a token does not count."""
+        """What every label adds to its sequence's loss: rows sum to ``ℓ_i``; zero for what does not count."""
         return self._by_position(outputs, batch)
 
     def _by_position(self, outputs: Tensor, batch: Batch) -> Float[Tensor, "n t"]:
         targets = self.targets(batch)
         wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-        losses = nn.functional.cross_entropy(
+        losses: Tensor = nn.functional.cross_entropy(
             wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
         ).unflatten(0, targets.shape)
         if self.reduction == "sum":
@@ -76,15 +76,15 @@ class TokenObjective(FieldObjective):
         targets = self.targets(batch)
         if outputs.ndim != 3 or outputs.shape[:2] != targets.shape:
             raise InvalidInputError(
-                f"{self.name} expects logits (n, T, vocabulary) at the tokens of its labels, {tuple(targets.shape)} "
-                f"of them count or might; the model returned {tuple(outputs.shape)}."
+                f"{self.name} expects logits (n, T, vocabulary) at its labels, which are {tuple(targets.shape)}; "
+                f"the model returned {tuple(outputs.shape)}."
             )
         check_labels(targets, outputs.shape[2], "tokens")
         without = (~(targets != IGNORED).any(1)).nonzero().flatten().tolist()
         if without:
             raise InvalidInputError(
-                f"Rows {without[:8]} have no token that counts: all labels are {IGNORED} or padding, or a sequence "
-                "is too short to predict any. Leave them out."
+                f"Rows {without[:8]} have no token that counts: all labels are {IGNORED} or padding, or a "
+                "sequence is too short to predict any. Leave them out."
             )
         return self
 

@@ -137,7 +137,10 @@ class Covariances:
         if self.sharing == "expand":
             return torch.bincount(counted.flatten(), minlength=self.columns).to(self.dtype)[None]
         sample = torch.arange(size, device=batch.inputs.device)[:, None].expand(size, positions)
-        places, each = (sample * self.columns + batch.inputs).flatten(), torch.full_like(sample[:, 0], positions)
+        places, each = (
+            (sample * self.columns + batch.inputs).flatten(),
+            torch.full_like(sample[:, 0], positions),
+        )
         if batch.present is not None:
             places, each = places[batch.present.flatten()], batch.present.sum(1)
         pairs, counts = torch.unique(places, return_counts=True)

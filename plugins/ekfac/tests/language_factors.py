@@ -1,7 +1,7 @@
 """K-FAC and EK-FAC of the architectures of ``transformers`` from their definitions, in float64.
 
-Gradients of parameters come from ``torch.func``, of every sample alone and without its padding; inputs and output
-gradients of layers, which the factors are of, from hooks.
+Gradients of parameters come from ``torch.func``, of every sample alone and without its padding; inputs and
+output gradients of layers, which the factors are of, from hooks.
 """
 
 from __future__ import annotations
@@ -173,7 +173,13 @@ def curvature(name: str, source: str, *, refit: bool = True) -> Tensor:
     net = language.model("gpt2" if name == "checkpointed gpt2" else name)
     own = language.parameters(net)
     found, rest = layers(net)
-    parts = dict(zip(own, torch.arange(sum(p.numel() for p in own.values())).split([p.numel() for p in own.values()]), strict=True))
+    parts = dict(
+        zip(
+            own,
+            torch.arange(sum(p.numel() for p in own.values())).split([p.numel() for p in own.values()]),
+            strict=True,
+        )
+    )
     shaped = {key: parts[key].view(p.shape) for key, p in own.items()}
     exact = language.dense(name, source)
     whole = torch.zeros_like(exact)

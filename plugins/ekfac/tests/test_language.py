@@ -16,7 +16,9 @@ from tests.reference import assert_close
 STRENGTH = 0.05
 
 
-def fitted(name: str, solver: str = "ekfac", data: Any = None, **options: Any) -> inf.TorchInfluenceFunctionModel:
+def fitted(
+    name: str, solver: str = "ekfac", data: Any = None, **options: Any
+) -> inf.TorchInfluenceFunctionModel:
     model = inf.compose(
         language.model(name),
         ARCHITECTURES[name].objective,
@@ -28,7 +30,9 @@ def fitted(name: str, solver: str = "ekfac", data: Any = None, **options: Any) -
     return model.fit(data or language.training(name))
 
 
-@pytest.mark.parametrize(("solver", "source"), [("ekfac", "gauss_newton"), ("ekfac", "empirical_fisher"), ("kfac", "gauss_newton")])
+@pytest.mark.parametrize(
+    ("solver", "source"), [("ekfac", "gauss_newton"), ("ekfac", "empirical_fisher"), ("kfac", "gauss_newton")]
+)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_scores_are_those_of_the_definition(name: str, solver: str, source: str) -> None:
     curvature = language_factors.curvature(name, source, refit=solver == "ekfac")
@@ -44,9 +48,11 @@ def test_every_parameter_has_a_layer_but_those_that_no_module_is_applied_with() 
     outside = {}
     for name in ARCHITECTURES:
         problem = inf.Problem.build(
-            language.model(name), inf.objectives[ARCHITECTURES[name].objective].create(), language.training(name)
+            language.model(name),
+            inf.objectives[ARCHITECTURES[name].objective].create(),
+            language.training(name),
         )
         source = inf.hessian_sources["gauss_newton"].create()
         outside[name] = list(source.operator(problem, problem.parameters).cover().uncovered)
     vit = [f"vit.embeddings.{name}" for name in ("cls_token", "position_embeddings")]
-    assert outside == dict.fromkeys(ARCHITECTURES, []) | {"vit": vit}
+    assert outside == {key: [] for key in ARCHITECTURES} | {"vit": vit}
