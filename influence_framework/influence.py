@@ -101,9 +101,9 @@ class TorchInfluenceFunctionModel(ComposedModel):
             x: Inputs of the training points; with ``y`` left out too, the test points stand in.
             y: Their targets.
             mode: A member of :class:`InfluenceMode` or its value.
-            measurement: ``m(outputs, batch)``, a number for every test point in place of its loss, ``(n_test,)``:
-                a difference of logits, a margin. Scores are then ``∇m(z_test)ᵀ (C + λI)⁻¹ ∇ℓ(z)``; positive:
-                up-weighting the training point lowers ``m``.
+            measurement: ``m(outputs, batch)``, a number for every test point in place of its loss,
+                ``(n_test,)``: a difference of logits, a margin. Scores are then
+                ``∇m(z_test)ᵀ (C + λI)⁻¹ ∇ℓ(z)``; positive: up-weighting the training point lowers ``m``.
             return_bounds: Correct the scores of mode Up by the residuals of both sides, and bound what error is
                 left: see :func:`influence_framework.bounds.bounded_scores`. Solves for both sides, and needs a
                 positive semidefinite curvature with λ > 0.

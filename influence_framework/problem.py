@@ -243,7 +243,7 @@ class Problem:
             )
 
     def _activations(self, batch: Batch) -> tuple[int, float]:
-        """Bytes that autograd keeps of a forward pass over ``batch``, parameters left out; their coarsest eps."""
+        """Bytes that autograd keeps of a forward pass, parameters left out; the coarsest eps of it."""
         seen: dict[int, int] = {}
         precisions = {self.precision}
 

@@ -27,8 +27,8 @@ def token_losses(problem: Problem, leaves: dict[str, Tensor], batch: Batch) -> F
     objective = problem.objective
     if not isinstance(objective, TokenLosses):
         raise InvalidInputError(
-            f"{type(objective).__name__} has no token_losses(outputs, batch), which scores of tokens are of: use "
-            "'causal_lm', 'masked_lm' or 'seq2seq_lm', or add that method to your objective."
+            f"{type(objective).__name__} has no token_losses(outputs, batch), which scores of tokens are of: "
+            "use 'causal_lm', 'masked_lm' or 'seq2seq_lm', or add that method to your objective."
         )
     return objective.token_losses(problem.outputs(leaves, batch), batch)
 

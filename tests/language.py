@@ -129,7 +129,7 @@ def vit() -> nn.Module:
 def sequences(n: int, seed: int, *, padding: int = 0, longest: int = 4) -> Fields:
     """Token ids of 2 to ``longest`` tokens each, padded at the right, and by ``padding`` more."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, WORDS, (n, longest + padding), generator=generator)
+    ids = nn.functional.pad(torch.randint(1, WORDS, (n, longest), generator=generator), (0, padding))
     lengths = longest - torch.arange(n) % (longest - 1)
     mask = (torch.arange(longest + padding) < lengths[:, None]).long()
     return {"input_ids": ids * mask, "attention_mask": mask}

@@ -54,7 +54,8 @@ class Block:
 def blocks(loader: Iterable[Any], size: int) -> Iterator[Block]:
     """One pass over ``loader`` in blocks of ``size`` samples, the last one smaller.
 
-    Batches are ``(x, y)``, ``(x, y, ids)`` or fields, which stand for ``(fields, None)``. Without identifiers the position of a sample stands for it, which
+    Batches are ``(x, y)``, ``(x, y, ids)`` or fields, which stand for ``(fields, None)``. Without
+    identifiers the position of a sample stands for it, which
     means something only where every pass has the same order.
 
     Raises:

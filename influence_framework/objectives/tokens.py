@@ -76,7 +76,7 @@ class TokenObjective(FieldObjective):
         targets = self.targets(batch)
         if outputs.ndim != 3 or outputs.shape[:2] != targets.shape:
             raise InvalidInputError(
-                f"{self.name} expects logits (n, T, vocabulary) at its labels, which are {tuple(targets.shape)}; "
+                f"{self.name} expects logits (n, T, vocabulary) at its labels, {tuple(targets.shape)}; "
                 f"the model returned {tuple(outputs.shape)}."
             )
         check_labels(targets, outputs.shape[2], "tokens")
