@@ -77,6 +77,7 @@ from influence_framework.protocols import (
     Trace,
     WarmStart,
 )
+from influence_framework.query_factors import QueryFactors
 from influence_framework.refinement import RefinedSolver
 from influence_framework.registry import Registry, default_registry, hessian_sources, objectives, solvers
 from influence_framework.regularization import RelativeRegularization
@@ -129,6 +130,7 @@ __all__ = [
     "PreflightWarning",
     "Preparing",
     "Problem",
+    "QueryFactors",
     "RefinedSolver",
     "Registry",
     "RelativeRegularization",

@@ -17,6 +17,7 @@ from influence_framework.measurement import Measurement, measured
 from influence_framework.memory import advises_on_memory
 from influence_framework.points import check_factors, checked_pairs, checked_points
 from influence_framework.protocols import InfluenceMode
+from influence_framework.query_factors import QueryFactors, query_factors, scores_of
 from influence_framework.regularization import RelativeRegularization, Strength, check_regularization
 from influence_framework.token_scores import of_test_tokens, of_training_tokens
 
@@ -318,6 +319,48 @@ class TorchInfluenceFunctionModel(ComposedModel):
         train = checked_points(fitted, x, y, "training points")
         with random_state_kept():
             return fitted.contract_whole(z_test_factors, train, mode)
+
+    @advises_on_memory(points=True)
+    def query_factors(
+        self, x: Any, y: Any = None, *, rank: int, measurement: Measurement | None = None, seed: int = 0
+    ) -> QueryFactors:
+        """:meth:`influence_factors` compressed to low rank in every layer, by ``torch.svd_lowrank``.
+
+        A factor in a layer of ``o`` outputs and ``e`` inputs takes ``rank·(o + e)`` numbers in place of
+        ``o·e``, so that more queries share one pass over the training data. Grosse et al. (2023), "Studying
+        Large Language Model Generalization with Influence Functions", §3.2.2.
+
+        Args:
+            x: The queries.
+            y: Their targets.
+            rank: At most, of every layer's matrix; layers that would not become smaller are kept as they are.
+            measurement: In place of the loss, as for :meth:`influences`.
+            seed: Of the random vectors of the decomposition.
+
+        Returns:
+            For :meth:`influences_from_query`; ``error`` says what was lost of each.
+
+        Raises:
+            NotFittedError: Before ``fit``.
+            InvalidInputError: What does not fit, with the remedy.
+        """
+        fitted = self.fitted
+        batch = checked_points(fitted, x, y, "queries", measurement)
+        with self.solving() as log:
+            return query_factors(fitted, batch, rank, seed, log, measurement)
+
+    @advises_on_memory(points=True)
+    def influences_from_query(self, factors: QueryFactors, x: Any, y: Any = None) -> Float[Tensor, "m n"]:
+        """Scores of training points with compressed queries, ``(n_queries, n_train)``, in mode Up.
+
+        Raises:
+            NotFittedError: Before ``fit``.
+            InvalidInputError: Factors of another model, or what does not fit, with the remedy.
+        """
+        fitted = self.fitted
+        train = checked_points(fitted, x, y, "training points")
+        with random_state_kept():
+            return scores_of(fitted, factors, train)
 
     @advises_on_memory(points=True)
     def influences_from_factors_by_block(

@@ -109,7 +109,9 @@ class LayerScorer:
 
     def prepared(self, batch: Batch, problem: Problem | None = None) -> Iterator[tuple[int, Sides]]:
         """The batch in pieces that the memory budget allows: samples of each, and what scores need of them."""
-        for piece in split(batch, self.problem.objective.size(batch), samples_at_once(self.problem)):
+        every = [layer for layers in self.layers.values() for layer in layers]
+        at_once = samples_at_once(self.problem, layers=every)
+        for piece in split(batch, self.problem.objective.size(batch), at_once):
             yield self.problem.objective.size(piece), self._sides(piece, problem or self.problem)
 
     def combined(self, found: Sequence[Sides]) -> Sides:

@@ -234,6 +234,68 @@ def test_labels_of_a_prompt_leave_the_loss_of_its_completion() -> None:
     assert_close(found[0], expected, 1e-12)
 
 
+class TestQueryFactors:
+    @pytest.mark.parametrize("name", ["gpt2", "bert", "vit"])
+    def test_of_full_rank_they_give_the_scores(self, name: str) -> None:
+        model = fitted(name, "direct")
+        factors = model.query_factors(language.points(name, "test"), rank=1000)
+        assert len(factors) == 3
+        assert not factors.error.any()
+        found = model.influences_from_query(factors, language.points(name, "train"))
+        assert_close(found, scores(model, name), 1e-8)
+
+    @pytest.mark.parametrize("name", ["gpt2", "llama"])
+    def test_of_low_rank_they_are_smaller_and_say_what_was_lost(self, name: str) -> None:
+        model, train = fitted(name, "direct"), language.points(name, "train")
+        exact = scores(model, name)
+        whole = model.query_factors(language.points(name, "test"), rank=1000)
+        factors = model.query_factors(language.points(name, "test"), rank=1)
+        assert factors.nbytes < whole.nbytes
+        assert (factors.error > 1e-3).all()
+        assert (factors.error < 1).all()
+        rows = model.influence_factors(language.points(name, "test"))
+        assert_close(factors.norm, rows.norm(dim=1), 1e-10)
+        lost = sum(
+            torch.linalg.svdvals(part)[..., 1:].square().sum((1, 2))
+            for layer, one in factors.layers.items()
+            if one.right is not None
+            for part in [whole.layers[layer].left]
+        )
+        # svd_lowrank is the best approximation but for a few per cent.
+        best = lost.sqrt() / rows.norm(dim=1)
+        assert (factors.error >= best * (1 - 1e-9)).all()
+        assert (factors.error <= 1.1 * best).all()
+        found = model.influences_from_query(factors, train)
+        bound = (factors.error * factors.norm)[:, None] * language.gradients(name, train).norm(dim=1)
+        assert ((found - exact).abs() <= bound).all()
+        assert (found - exact).abs().max() > 1e-6
+
+    def test_with_a_measurement(self) -> None:
+        model = fitted("gpt2", "ekfac")
+        test, train = language.points("gpt2", "test"), language.points("gpt2", "train")
+        factors = model.query_factors(test, rank=1000, measurement=margin)
+        expected = model.influences(test, x=train, measurement=margin)
+        assert_close(model.influences_from_query(factors, train), expected, 1e-8)
+
+    def test_the_seed_decides_and_the_random_state_is_kept(self) -> None:
+        model, test = fitted("gpt2", "direct"), language.points("gpt2", "test")
+        before = torch.get_rng_state()
+        one, same, other = (model.query_factors(test, rank=1, seed=seed) for seed in (0, 0, 1))
+        assert torch.equal(torch.get_rng_state(), before)
+        lefts = [factors.layers["transformer.h.0.attn.c_attn"].left for factors in (one, same, other)]
+        assert torch.equal(lefts[0], lefts[1])
+        assert not torch.equal(lefts[0], lefts[2])
+
+    @pytest.mark.usefixtures("as_user")
+    def test_what_cannot_be_is_refused(self) -> None:
+        model, test = fitted("gpt2", "direct"), language.points("gpt2", "test")
+        with pytest.raises(inf.InvalidInputError, match="rank is a whole number"):
+            model.query_factors(test, rank=0)
+        factors = fitted("llama", "direct").query_factors(language.points("llama", "test"), rank=2)
+        with pytest.raises(inf.InvalidInputError, match="other layers"):
+            model.influences_from_query(factors, test)
+
+
 def test_modules_and_groups_of_them_are_blocks() -> None:
     names = list(language.parameters(language.model("gpt2")))
     groups = {"attention": [n for n in names if "attn" in n], "rest": [n for n in names if "attn" not in n]}

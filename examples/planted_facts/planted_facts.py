@@ -1,8 +1,8 @@
-"""Which documents taught a language model a fact? A small GPT, made-up facts in known documents, and four rankings.
+"""Which documents taught a language model a fact? A small GPT, made-up facts, and four rankings.
 
-Trains a GPT-2 of a few thousand parameters from scratch on sentences of the standard library's documentation, into
-which facts about people who do not exist were planted. Other documents name the same people, things and places
-without saying the fact. For a question about each fact, documents are ranked by
+Trains a small GPT-2 from scratch on stretches of the standard library's documentation, into which facts about
+people who do not exist were planted. Other documents have the same words in another order. For a question about
+each fact, documents are ranked by
 
 - the influence scores of EK-FAC,
 - inner products of gradients,
@@ -32,7 +32,17 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import influence_framework as inf
 
-MODULES = ("json", "random", "statistics", "textwrap", "collections", "threading", "argparse", "datetime", "heapq")
+MODULES = (
+    "json",
+    "random",
+    "statistics",
+    "textwrap",
+    "collections",
+    "threading",
+    "argparse",
+    "datetime",
+    "heapq",
+)
 NAMES = ("zorvia", "quelm", "brantil", "oskaya", "mirrow", "tavish", "lundra", "pexley")
 THINGS = ("lantern", "falcon", "violin", "compass", "teapot", "anchor", "mirror", "saddle")
 PLACES = ("harbour", "orchard", "quarry", "chapel", "meadow", "tavern", "foundry", "island")
@@ -168,7 +178,9 @@ def run(
     found = {
         "ekfac": model.influences(questions, x=documents),
         # With λ far above the curvature, the inverse is a multiple of the identity.
-        "grad-dot": model.with_regularization(inf.RelativeRegularization(1e6)).influences(questions, x=documents),
+        "grad-dot": model.with_regularization(inf.RelativeRegularization(1e6)).influences(
+            questions, x=documents
+        ),
         "bm25": torch.stack([bm25(prompt + answer, made.documents) for prompt, answer in made.questions]),
         "random": torch.rand(facts, len(made.documents), generator=torch.Generator().manual_seed(seed)),
     }

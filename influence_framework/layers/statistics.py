@@ -261,13 +261,17 @@ def _transposed_too(parts: Sequence[LayerBatch], columns: int) -> LayerBatch:
     return LayerBatch(index, total.permute(0, 2, 1, 4, 3), columns)
 
 
-def samples_at_once(problem: Problem, draws: int = 1) -> int:
+def samples_at_once(problem: Problem, draws: int = 1, layers: Iterable[Layer] = ()) -> int:
     """Samples to bring into matrix form together, with ``draws`` gradients of each output."""
     # Up to sixteen draws' output gradients take about what second derivatives would.
     count = 16 * problem.max_batch // max(16, draws)
     if problem.parameters.device.type == "cpu":
         # More gain nothing once their activations have left the cache, and take memory.
         count = min(count, max(32, CACHE_BYTES // (2 * problem.sample_bytes)))
+    # Whole gradients are formed of these, in single precision at least.
+    whole = sum(layer.form.places.numel() for layer in layers if layer.transposed)
+    if whole:
+        count = min(count, problem.memory_budget // (3 * 8 * draws * whole))
     return max(1, count)
 
 
@@ -277,5 +281,5 @@ def layer_batches(
     """One pass over the training data: every batch's layers, with its sample count."""
     draws = problem.outputs_of_a_sample() if samples == "exact" else samples
     for whole, size in problem.batches():
-        for batch in split(whole, size, samples_at_once(problem, draws)):
+        for batch in split(whole, size, samples_at_once(problem, draws, layers)):
             yield layer_batch(problem, layers, batch, rows), problem.objective.size(batch)

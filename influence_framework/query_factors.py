@@ -1,0 +1,164 @@
+"""Factors of queries compressed to low rank, layer by layer, and scores of training points with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from influence_framework.data import Batch, split
+from influence_framework.errors import InvalidInputError
+from influence_framework.fitted import Fitted
+from influence_framework.gradients import Factors, contract_up
+from influence_framework.layers import Layer, LayerBatch, cover, layer_batch, samples_at_once, true_gradients
+from influence_framework.measurement import Measurement, measured
+from influence_framework.solving import SolveLog
+
+POWER_ITERATIONS = 2
+"""Of ``torch.svd_lowrank``: its own default, enough for a spectrum that decays at all."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerFactors:
+    """Each query's factor in one layer, ``F_m = L_m R_mᵀ``.
+
+    Attributes:
+        left: ``L``, ``(m, g, o, r)``.
+        right: ``R``, ``(m, g, e, r)``; ``None`` where the layer is so small that ``left`` is ``F`` itself.
+    """
+
+    left: Float[Tensor, "m g o r"]
+    right: Float[Tensor, "m g e r"] | None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held."""
+        return self.left.nbytes + (0 if self.right is None else self.right.nbytes)
+
+    def scores(self, batch: LayerBatch) -> Float[Tensor, "m n"]:
+        """``Σ_t δ_ntᵀ F_m ā_nt`` of every pair."""
+        deltas = batch.output_gradients[0]
+        if self.right is None:
+            gradients = batch.gradients()[0]
+            return self.left.flatten(1) @ gradients.flatten(1).T
+        turned = torch.einsum("gnto,mgor->mgntr", deltas, self.left)
+        if batch.one_hot:
+            return (turned[:, 0] * self.right[:, 0, batch.inputs]).sum((2, 3))
+        return torch.einsum("mgntr,gnte,mger->mn", turned, batch.inputs, self.right)
+
+
+@dataclass(frozen=True, eq=False)
+class QueryFactors:
+    """``(C + λI)⁻¹ ∇ℓ(z)`` of some queries, each layer's matrix of it compressed to ``rank``.
+
+    Attributes:
+        rank: Of every layer's matrix, at most.
+        layers: By name.
+        rest: What is in no layer, as it is.
+        error: ``‖F − F_rank‖ / ‖F‖`` of every query over all layers, ``(m,)`` float64: a score with a training
+            gradient ``g`` is off by at most ``error · ‖F‖ · ‖g‖``.
+        norm: ``‖F‖`` of every query, ``(m,)`` float64.
+    """
+
+    rank: int
+    layers: Mapping[str, LayerFactors]
+    rest: Factors
+    error: Float[Tensor, " m"]
+    norm: Float[Tensor, " m"]
+
+    def __len__(self) -> int:
+        return len(self.error)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held."""
+        return self.rest.rows.nbytes + sum(layer.nbytes for layer in self.layers.values())
+
+
+def query_factors(
+    fitted: Fitted, batch: Batch, rank: int, seed: int, log: SolveLog, measurement: Measurement | None
+) -> QueryFactors:
+    """Solve for the queries, a few at a time within the budget, and keep what ``rank`` holds of each."""
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise InvalidInputError(f"rank is a whole number, at least 1; got {rank!r}.")
+    problem = fitted.problem
+    found = cover(problem, problem.parameters)
+    names = problem.parameters.subset(found.uncovered)
+    index = problem.parameters.indices_of(names) if found.uncovered else torch.empty(0, dtype=torch.long)
+    parts: list[QueryFactors] = []
+    torch.manual_seed(seed)  # svd_lowrank has no generator of its own; the caller's state is kept outside
+    for gradients in fitted.gradients(batch, problem=measured(problem, measurement)):
+        by_block = {name: block.solve(gradients, log) for name, block in fitted.blocks.items()}
+        rows = fitted.assemble(by_block)
+        norm = torch.linalg.vector_norm(rows.double(), dim=1)
+        lost = torch.zeros_like(norm)
+        layers = {}
+        for layer in found.layers:
+            matrices = rows[:, layer.form.places.to(rows.device)]
+            layers[layer.name] = kept = _compressed(matrices, rank)
+            if kept.right is not None:
+                missing = matrices - kept.left @ kept.right.mT
+                lost += missing.double().square().sum((1, 2, 3))
+        rest = Factors(rows if index is None else rows[:, index.to(rows.device)], index)
+        error = torch.where(norm > 0, lost.sqrt() / norm, 0.0)
+        parts.append(QueryFactors(rank, layers, rest, error, norm))
+    return _joined(parts)
+
+
+def _compressed(matrices: Float[Tensor, "m g o e"], rank: int) -> LayerFactors:
+    outputs, columns = matrices.shape[2:]
+    if rank * (outputs + columns) >= outputs * columns:
+        return LayerFactors(matrices, None)
+    wide = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
+    left, values, right = torch.svd_lowrank(wide, q=rank, niter=POWER_ITERATIONS)
+    return LayerFactors((left * values[..., None, :]).to(matrices.dtype), right.to(matrices.dtype))
+
+
+def _joined(parts: list[QueryFactors]) -> QueryFactors:
+    def layer(name: str) -> LayerFactors:
+        each = [part.layers[name] for part in parts]
+        rights = [one.right for one in each if one.right is not None]
+        return LayerFactors(torch.cat([one.left for one in each]), torch.cat(rights) if rights else None)
+
+    first = parts[0]
+    return QueryFactors(
+        first.rank,
+        {name: layer(name) for name in first.layers},
+        Factors(torch.cat([part.rest.rows for part in parts]), first.rest.index),
+        torch.cat([part.error for part in parts]),
+        torch.cat([part.norm for part in parts]),
+    )
+
+
+def scores_of(fitted: Fitted, factors: QueryFactors, train: Batch) -> Float[Tensor, "m n"]:
+    """Scores of every training point with every query, from one pass over the training points.
+
+    Raises:
+        InvalidInputError: Factors of another model.
+    """
+    problem = fitted.problem
+    layers = {layer.name: layer for layer in cover(problem, problem.parameters).layers}
+    shapes = {name: tuple(one.left.shape[1:3]) for name, one in factors.layers.items()}
+    if shapes != {name: tuple(layer.form.places.shape[:2]) for name, layer in layers.items()}:
+        raise InvalidInputError("The query factors are of a model with other layers: make them with this one.")
+    size = fitted.size(train)
+    result = torch.zeros(len(factors), size, dtype=problem.parameters.dtype, device=problem.parameters.device)
+    start = 0
+    for piece, found in _pieces(fitted, train, list(layers.values())):
+        place = slice(start, start := start + fitted.size(piece))
+        for layer, batch in found.items():
+            result[:, place] += factors.layers[layer.name].scores(batch)
+    if factors.rest.rows.shape[1]:
+        result += contract_up({"rest": factors.rest}, problem, train)["rest"]
+    return result
+
+
+def _pieces(
+    fitted: Fitted, batch: Batch, layers: list[Layer]
+) -> Iterator[tuple[Batch, dict[Layer, LayerBatch]]]:
+    problem = fitted.problem
+    for piece in split(batch, fitted.size(batch), samples_at_once(problem, layers=layers)):
+        yield piece, layer_batch(problem, layers, piece, true_gradients(problem))
