@@ -41,16 +41,16 @@ class Behind(nn.Module):
         return result
 
 
-class TiedToEmbedding(nn.Module):
-    """The output layer has the weight of the embedding."""
+class TiedToTransposed(nn.Module):
+    """One weight, which a layer applies as it is and another transposed."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding, self.out = nn.Embedding(4, 3), nn.Linear(3, 4)
-        self.out.weight = self.embedding.weight
+        self.lin, self.out = nn.Linear(3, 3), dense.Conv1D(3, 3)
+        self.out.weight = self.lin.weight
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        result: Tensor = self.out(torch.tanh(self.embedding(tokens)).mean(1))
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.out(torch.tanh(self.lin(x)))
         return result
 
 
@@ -93,10 +93,10 @@ CASES: dict[str, tuple[Case, set[str], str]] = {
         {"lin.weight", "lin.bias"},
         "in other ways than as the Linear it is in",
     ),
-    "embedding tied to linear": (
-        Case(TiedToEmbedding, x=labels(4, 2), y=labels(4)),
-        {"embedding.weight"},
-        r"shared by modules of different kinds \(Embedding and Linear\)",
+    "tied to its transpose": (
+        Case(TiedToTransposed),
+        {"lin.weight"},
+        r"shared by modules of different kinds \(Conv1D and Linear\)",
     ),
     "positions first": (
         Case(Transposed, x=normal(3, 2)),
