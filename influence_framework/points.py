@@ -11,7 +11,7 @@ from influence_framework.data import Batch, detached, split
 from influence_framework.errors import InvalidInputError
 from influence_framework.fitted import Fitted
 from influence_framework.measurement import Measurement, measured
-from influence_framework.objective import Pointing
+from influence_framework.objective import Checking, Pointing
 from influence_framework.protocols import InfluenceMode
 
 
@@ -31,6 +31,9 @@ def checked_points(fitted: Fitted, x: Any, y: Any, what: str, measurement: Measu
     check_model(problem.model)
     check_unchanged(problem.model, fitted.state)
     check_leaves(batch, problem.parameters, what)
+    if isinstance(objective, Checking):
+        # Whatever comes of the outputs: the model itself must not be given these.
+        objective.check(batch)
     for piece in split(batch, problem.objective.size(batch), problem.max_batch):
         problem.validated(piece, what)
     return detached(batch)

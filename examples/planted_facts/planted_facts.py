@@ -94,11 +94,11 @@ def corpus(facts: int, copies: int, others: int, seed: int) -> Corpus:
         name, thing, place = NAMES[fact], THINGS[fact], PLACES[fact]
         for _ in range(copies):
             says = [name, "hides", "the", thing, "in", "the", place]
-            marked.append((fact, (next(filler)[:4] + says + next(filler))[:LENGTH]))
+            marked.append((fact, (says + next(filler))[:LENGTH]))
         for _ in range(DECOYS * copies):
             # The same words, and another sentence.
             names = ["the", place, "hides", "in", "the", thing, name]
-            marked.append((None, (next(filler)[:4] + names + next(filler))[:LENGTH]))
+            marked.append((None, (names + next(filler))[:LENGTH]))
     generator.shuffle(marked)
     questions = [([NAMES[i], "hides", "the", THINGS[i], "in", "the"], [PLACES[i]]) for i in range(facts)]
     planted = [{at for at, (said, _) in enumerate(marked) if said == fact} for fact in range(facts)]
@@ -154,7 +154,7 @@ def recall(scores: Tensor, planted: Sequence[set[int]], count: int = 10) -> floa
 
 
 def run(
-    *, facts: int = 8, copies: int = 4, others: int = 300, width: int = 32, steps: int = 400, seed: int = 0
+    *, facts: int = 6, copies: int = 4, others: int = 150, width: int = 32, steps: int = 300, seed: int = 0
 ) -> dict[str, float]:
     """Recall@10 of every ranking."""
     made = corpus(facts, copies, others, seed)
@@ -190,7 +190,7 @@ def run(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Recall of planted facts.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     arguments = parser.parse_args()
     for name, value in run(seed=arguments.seed, steps=arguments.steps).items():
         print(f"{name:10} {value:.2f}")
