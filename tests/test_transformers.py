@@ -49,7 +49,7 @@ def test_every_source_and_block_structure(name: str, source: str) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_solver(name: str, solver: str) -> None:
     damping = (100 if solver == "lissa" else 10) * language.strength(name, "gauss_newton")
-    structure = "full" if solver == "lissa" else "per_layer"
+    structure = "full" if solver in ("lissa", "jacobi") else "per_layer"
     model = composed(
         name,
         # LiSSA takes fewer steps where every batch is all data.
