@@ -12,7 +12,7 @@ A positive score means that up-weighting the training point lowers the test loss
 training points changes the test loss by about +score/n.
 """
 
-from influence_framework.attribution import Executor, Output, Scored, attribute
+from influence_framework.attribution import Output, Scored, attribute
 from influence_framework.bounds import BoundedScores
 from influence_framework.bridges import from_scipy, to_scipy
 from influence_framework.compose import compose
@@ -50,6 +50,7 @@ from influence_framework.problem import Problem
 from influence_framework.protocols import (
     Dense,
     Diagonal,
+    Executor,
     HessianSource,
     InfluenceFunctionModel,
     InfluenceMode,
@@ -69,7 +70,7 @@ from influence_framework.protocols import (
     WarmStart,
 )
 from influence_framework.refinement import RefinedSolver
-from influence_framework.registry import Registry, default_registry, hessian_sources, solvers
+from influence_framework.registry import Registry, default_registry, executors, hessian_sources, solvers
 from influence_framework.regularization import RelativeRegularization
 from influence_framework.reports import BlockReport, SolveReport
 
@@ -135,6 +136,7 @@ __all__ = [
     "attribute",
     "compose",
     "default_registry",
+    "executors",
     "from_scipy",
     "hessian_sources",
     "hookimpl",

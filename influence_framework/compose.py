@@ -98,7 +98,7 @@ def resolve_source(source: Spec | HessianSource, *, precompute_grad: bool) -> He
 
 
 def resolve(kind: Kind, spec: Any, registry: Registry = default_registry) -> Any:
-    """The solver or source that ``spec`` (a name, a mapping or an instance) stands for."""
+    """The solver, source or executor that ``spec`` (a name, a mapping or an instance) stands for."""
     _, required, label = KINDS[kind]
     if isinstance(spec, str):
         return registry.lookup(kind, spec).create()

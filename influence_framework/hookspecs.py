@@ -1,4 +1,4 @@
-"""The hooks a plugin implements. A plugin is a module with one or both of these functions.
+"""The hooks a plugin implements. A plugin is a module with one or more of these functions.
 
 It may state the version of this interface that it was written for::
 
@@ -47,4 +47,12 @@ def register_hessian_sources(register: Register) -> None:
     """Announce curvature sources: ``register("name", SourceClass)`` for each.
 
     The class takes its options as keyword arguments and has ``operator(problem, parameters)``.
+    """
+
+
+@hookspec
+def register_executors(register: Register) -> None:
+    """Announce executors: ``register("name", ExecutorClass)`` for each.
+
+    The class takes its options as keyword arguments and has ``run(job, units)``.
     """

@@ -22,12 +22,19 @@ CORE = "influence-framework"
 UNKNOWN = "unknown"
 """In place of a distribution's name or version that cannot be read."""
 
-Kind = Literal["solver", "source"]
+Kind = Literal["solver", "source", "executor"]
 KINDS: Mapping[Kind, tuple[str, str, str]] = {
     "solver": ("register_solvers", "fit", "solver"),
     "source": ("register_hessian_sources", "operator", "curvature source"),
+    "executor": ("register_executors", "run", "executor"),
 }
 """For each kind of method: its hook, the method its classes must have, and its name in messages."""
+
+BUILTIN = {
+    "sources": "influence_framework.sources",
+    "executors": "influence_framework.attribution.executors",
+}
+"""Core's own plugins and their modules."""
 
 REQUIRED: Any = inspect.Parameter.empty
 
@@ -43,11 +50,11 @@ class Option:
 
 @dataclass(frozen=True)
 class Method:
-    """One solver or source that can be composed by name.
+    """One solver, source or executor that can be had by name.
 
     Attributes:
         name: The name it is registered under.
-        kind: ``"solver"`` or ``"source"``.
+        kind: ``"solver"``, ``"source"`` or ``"executor"``.
         cls: Its class.
         distribution: The distribution that ships it.
         version: That distribution's version.
@@ -168,13 +175,9 @@ def _field(distribution: metadata.Distribution | None, name: Literal["name", "ve
 
 def builtin_plugins() -> Iterator[Origin]:
     """Core's own methods, which are registered through the same hooks as anyone's."""
-    yield Origin(
-        "sources",
-        CORE,
-        core_version(),
-        f"reinstall it: pip install --force-reinstall {CORE}",
-        partial(importlib.import_module, "influence_framework.sources"),
-    )
+    for name, module in BUILTIN.items():
+        removal = f"reinstall it: pip install --force-reinstall {CORE}"
+        yield Origin(name, CORE, core_version(), removal, partial(importlib.import_module, module))
 
 
 def given_plugins(plugins: Mapping[str, Any]) -> Iterator[Origin]:

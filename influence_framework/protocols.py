@@ -9,10 +9,10 @@ Nothing here imports a concrete class, so a plugin may implement any of these by
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -250,6 +250,36 @@ class HessianSource(Protocol):
 
     def operator(self, problem: Problem, parameters: ParameterSpace) -> LinearOperator:
         """The curvature matrix of the mean loss of ``problem`` with respect to ``parameters``."""
+        ...
+
+
+Unit = TypeVar("Unit")
+Result = TypeVar("Result")
+
+
+@runtime_checkable
+class Executor(Protocol):
+    """Where work is done: frozen options, no state.
+
+    A unit is a block of training points, and ``job`` gives its scores with a group of test points; or a unit
+    is a few test points, and ``job`` solves for them. ``job`` and units can be pickled, and each unit is worked
+    on by itself, so that results do not depend on where and in which order that is.
+
+    Under an executor for many processes that all run the same program, such as those that ``torchrun`` starts,
+    ``run`` is called in every one of them with the same units in the same order, and gives all
+    results to each.
+
+    Optional attribute: ``workers``, how many units are worked on at the same time; 1 where it is left out. Test
+    points are solved for in as many parts.
+    """
+
+    def run(self, job: Callable[[Unit], Result], units: Iterable[Unit]) -> Iterator[tuple[Unit, Result]]:
+        """Every unit with its result, once each, in whatever order they are done.
+
+        ``units`` is to be read no further ahead than the workers need, since each unit holds data. What
+        ``job`` or ``units`` raises is raised here as it is, and no work goes on after that, or after the
+        iterator was closed.
+        """
         ...
 
 

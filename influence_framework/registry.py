@@ -27,6 +27,7 @@ from influence_framework.loading import (
 __all__ = [
     "KINDS",
     "OFFICIAL_DISTRIBUTIONS",
+    "OFFICIAL_EXECUTORS",
     "REQUIRED",
     "Kind",
     "Method",
@@ -35,6 +36,7 @@ __all__ = [
     "PluginFailure",
     "Registry",
     "default_registry",
+    "executors",
     "hessian_sources",
     "solvers",
 ]
@@ -49,17 +51,20 @@ OFFICIAL_DISTRIBUTIONS = {
     "ekfac": "influence-framework-ekfac",
     "kfac": "influence-framework-ekfac",
 }
-"""Which distribution to install for a name that is documented but absent."""
+"""Which distribution to install for the name of a solver that is documented but absent."""
+
+OFFICIAL_EXECUTORS = {"dask": "influence-framework-dask"}
+"""The same for executors."""
 
 
 @dataclass
 class _Catalogue:
-    methods: dict[Kind, dict[str, list[Method]]] = field(default_factory=lambda: {"solver": {}, "source": {}})
+    methods: dict[Kind, dict[str, list[Method]]] = field(default_factory=lambda: {kind: {} for kind in KINDS})
     failures: list[PluginFailure] = field(default_factory=list)
 
 
 class Registry:
-    """Solvers and sources by name, from core, from entry points and from plugins given by hand.
+    """Solvers, sources and executors by name, from core, from entry points and from plugins given by hand.
 
     Nothing is imported before the first look-up. Each plugin is loaded on its own: a broken one is set
     aside with the reason and the others work. A name that two plugins claim is an error to whoever asks
@@ -78,6 +83,7 @@ class Registry:
         self._scanning = False
         self.solvers = MethodMapping(self, "solver")
         self.hessian_sources = MethodMapping(self, "source")
+        self.executors = MethodMapping(self, "executor")
 
     @property
     def failures(self) -> tuple[PluginFailure, ...]:
@@ -163,7 +169,8 @@ class Registry:
         )
         if self.failures:
             message += f" Plugins that failed to load: {'; '.join(map(str, self.failures))}."
-        official = OFFICIAL_DISTRIBUTIONS.get(str(name)) if kind == "solver" else None
+        documented = {"solver": OFFICIAL_DISTRIBUTIONS, "executor": OFFICIAL_EXECUTORS}
+        official = documented.get(kind, {}).get(str(name))
         if official and official not in [failure.distribution for failure in self.failures]:
             message += f" Install it with: pip install {official}"
         elif kind == "solver" and not known and not self.failures:
@@ -211,3 +218,4 @@ def _conflict(methods: Iterable[Method]) -> str:
 default_registry = Registry()
 solvers = default_registry.solvers
 hessian_sources = default_registry.hessian_sources
+executors = default_registry.executors

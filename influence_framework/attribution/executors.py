@@ -1,32 +1,25 @@
-"""Where the blocks of a job are computed."""
+"""Where work is done, when nothing else is asked for: here. Registered through the same hook as anyone's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
-from influence_framework.attribution.blocks import Block
-from influence_framework.attribution.queries import Computed, Job
-
-
-@runtime_checkable
-class Executor(Protocol):
-    """Computes a job for every block: frozen options, no state."""
-
-    def run(self, job: Job, blocks: Iterable[Block]) -> Iterator[tuple[Block, Computed]]:
-        """Every block with its result, once each, in whatever order they are done.
-
-        ``blocks`` is to be read no further ahead than the workers need, since each holds data.
-        """
-        ...
+from influence_framework.hookspecs import Register, hookimpl
+from influence_framework.protocols import Result, Unit
 
 
 @dataclass(frozen=True)
 class SequentialExecutor:
-    """One block after the other, in this process."""
+    """One unit after the other, in this process."""
 
-    def run(self, job: Job, blocks: Iterable[Block]) -> Iterator[tuple[Block, Computed]]:
-        """Every block with its result, in order."""
-        for block in blocks:
-            yield block, job(block)
+    def run(self, job: Callable[[Unit], Result], units: Iterable[Unit]) -> Iterator[tuple[Unit, Result]]:
+        """Every unit with its result, in order."""
+        for unit in units:
+            yield unit, job(unit)
+
+
+@hookimpl
+def register_executors(register: Register) -> None:
+    """Announce core's own executor."""
+    register("sequential", SequentialExecutor)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -95,14 +95,40 @@ class FactorNorms:
         return Computed(torch.cat(found)[None], log.report())
 
 
-def query(fitted: Fitted, block: Block, log: SolveLog) -> Job:
-    """What scores need of a block of test points: each is solved for once, here."""
-    scorer = fitted.layer_scorer()
-    batches = _checked(fitted, block)
-    if scorer is not None:
-        prepared = [sides for batch in batches for _, sides in scorer.prepared(batch)]
-        return LayerScores(fitted, scorer.combined(prepared), len(block))
-    return FactorScores(fitted, torch.cat([fitted.assemble(fitted.factors(batch, log)) for batch in batches]))
+class Prepared(NamedTuple):
+    """What scores need of some test points.
+
+    Attributes:
+        held: Factors ``(C + λI)⁻¹ ∇ℓ``, ``(m, P)``; or, for inverses that work on layers, those' own objects.
+        report: On right-hand sides, where there were any.
+    """
+
+    held: Float[Tensor, "m P"] | Sides
+    report: SolveReport
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Works out what scores need of test points: each is solved for once, here."""
+
+    fitted: Fitted
+
+    def __call__(self, block: Block) -> Prepared:
+        log = SolveLog()
+        scorer = self.fitted.layer_scorer()
+        batches = _checked(self.fitted, block)
+        if scorer is not None:
+            return Prepared(scorer.combined([s for b in batches for _, s in scorer.prepared(b)]), log.report())
+        factors = [self.fitted.assemble(self.fitted.factors(batch, log)) for batch in batches]
+        return Prepared(torch.cat(factors), log.report())
+
+    def job(self, parts: Sequence[Prepared], count: int) -> Job:
+        """The job of ``count`` test points from all their parts, in order."""
+        scorer = self.fitted.layer_scorer()
+        if scorer is not None:
+            held = scorer.combined([cast(Sides, part.held) for part in parts])
+            return LayerScores(self.fitted, held, count)
+        return FactorScores(self.fitted, torch.cat([cast(Tensor, part.held) for part in parts]))
 
 
 def points_at_once(fitted: Fitted) -> int:

@@ -12,7 +12,6 @@ import torch
 from tqdm import tqdm
 
 from influence_framework.attribution.blocks import Block, blocks
-from influence_framework.attribution.executors import Executor, SequentialExecutor
 from influence_framework.attribution.fingerprints import Digest, Survey, fingerprint
 from influence_framework.attribution.outputs import (
     Collector,
@@ -25,14 +24,17 @@ from influence_framework.attribution.queries import (
     Computed,
     FactorNorms,
     Job,
+    Preparation,
     SelfScores,
     points_at_once,
-    query,
 )
 from influence_framework.attribution.store import FORMAT, Store
+from influence_framework.compose import Spec, resolve
 from influence_framework.errors import InvalidInputError
 from influence_framework.fitted import Fitted
 from influence_framework.influence import TorchInfluenceFunctionModel
+from influence_framework.protocols import Executor
+from influence_framework.registry import Registry, default_registry
 from influence_framework.reports import SolveReport
 from influence_framework.solving import SolveLog
 
@@ -50,9 +52,10 @@ def attribute(
     train: Iterable[Any],
     *,
     output: str | Mapping[str, Any] | Output = "matrix",
-    executor: Executor | None = None,
+    executor: Spec | Executor = "sequential",
     store: str | os.PathLike[str] | None = None,
     progress: bool = False,
+    registry: Registry = default_registry,
 ) -> Scored:
     """Scores in mode Up of every training point with every test point, from loaders, in bounded memory.
 
@@ -69,19 +72,24 @@ def attribute(
         output: What to keep: ``"matrix"``, ``"top_k"``, ``"mean"``, ``"self_influence"``, a mapping with
             ``name`` and options (``{"name": "top_k", "k": 20, "normalize": "l_relatif"}``), or an
             :class:`Output`.
-        executor: Where blocks are computed; one after the other in this process where left out.
+        executor: Where test points are solved for and blocks are computed: ``"sequential"``, one after the
+            other in this process; the name of another one that is installed (``list(inf.executors)``), a
+            mapping with ``name`` and options, or an instance.
         store: A folder to write to. A run that was killed goes on there when it is called again.
         progress: Show a bar that counts scores.
+        registry: Where an executor's name is looked up.
 
     Returns:
         The scores with the identifiers of their points.
 
     Raises:
         NotFittedError: Before ``fit``.
+        UnknownMethodError: No executor of that name; the message lists what exists.
         InvalidInputError: What does not fit, with the remedy; a store that holds scores of something else.
     """
     fitted = model.fitted
     chosen = resolve_output(output)
+    worker = resolve("executor", executor, registry)
     if chosen.pairs and test is None:
         raise InvalidInputError(f"The output {chosen.name!r} is of pairs: pass test points too.")
     if not chosen.pairs and test is not None:
@@ -89,7 +97,7 @@ def attribute(
     surveys = {"training points": Survey.of(train, "training points")}
     if test is not None:
         surveys["test points"] = Survey.of(test, "test points")
-    run = _Run(model, fitted, chosen, executor or SequentialExecutor(), surveys)
+    run = _Run(model, fitted, chosen, worker, surveys)
     with model.solving() as log:
         return run.into(Store(store, run.manifest()) if store is not None else None, test, train, log, progress)
 
@@ -199,13 +207,21 @@ class _Run:
         for block in blocks(test, self.chunks[0]):
             self.surveys["test points"].check(block.start, block.ids, "test points")
             if block.start == start:
-                job = query(self.fitted, block, log)
+                job = self._prepared(block, log)
                 return (
                     job if self.output.normalize is None else Relative(job, self.fitted, self.output.normalize)
                 )
         raise InvalidInputError(
             "The loader of the test points yields fewer points than when it was first read."
         )
+
+    def _prepared(self, block: Block, log: SolveLog) -> Job:
+        preparation = Preparation(self.fitted)
+        done = list(self.executor.run(preparation, block.pieces(getattr(self.executor, "workers", 1))))
+        parts = [part for _, part in sorted(done, key=lambda pair: pair[0].start)]
+        for part in parts:
+            log.absorb(part.report)
+        return preparation.job(parts, len(block))
 
 
 @dataclass(frozen=True)

@@ -73,8 +73,10 @@ def _parser() -> argparse.ArgumentParser:
 
     plugins = commands.add_parser(
         "plugins",
-        help="list the installed solvers and curvature sources",
-        description="List the installed solvers and curvature sources, and the plugins that do not work.",
+        help="list the installed solvers, curvature sources and executors",
+        description=(
+            "List the installed solvers, curvature sources and executors, and the plugins that do not work."
+        ),
     )
     plugins.add_argument(
         "-v",

@@ -88,6 +88,7 @@ def _methods(registry: Registry) -> Iterator[Method]:
     """Every method, solvers first."""
     yield from registry.solvers.values()
     yield from registry.hessian_sources.values()
+    yield from registry.executors.values()
 
 
 def _table(methods: Sequence[Method], *, verbose: bool, width: int | None) -> str:

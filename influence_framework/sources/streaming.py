@@ -65,6 +65,10 @@ class _Cache:
     def to(self, device: Any) -> _Cache:
         return _Cache()
 
+    def __reduce__(self) -> tuple[type[_Cache], tuple[()]]:
+        # Graphs cannot be sent to another process, and layers are found again there.
+        return _Cache, ()
+
 
 @dataclass(frozen=True, eq=False)
 class StreamingOperator(Operator):
