@@ -19,6 +19,7 @@ from influence_framework.compose import compose
 from influence_framework.errors import (
     ConvergenceError,
     ConvergenceWarning,
+    DistributedError,
     IndefiniteOperatorWarning,
     InfluenceError,
     InvalidInputError,
@@ -86,6 +87,7 @@ __all__ = [
     "Dense",
     "DenseOperator",
     "Diagonal",
+    "DistributedError",
     "Executor",
     "HessianSource",
     "IndefiniteOperatorWarning",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from influence_framework.layers import Cover, Layer, LayerBatch, Samples
     from influence_framework.parameters import ParameterSpace
     from influence_framework.problem import Problem
+    from influence_framework.processes import Processes
 
 
 @runtime_checkable
@@ -95,12 +96,19 @@ class LayerStatistics(Protocol):
         """The layers, and the parameters that are in none of them."""
         ...
 
-    def layer_batches(
-        self, layers: Sequence[Layer], samples: Samples, generator: torch.Generator
-    ) -> Iterator[tuple[Mapping[Layer, LayerBatch], int]]:
-        """One pass over the data, batch by batch with sample counts; layers the model skips are absent.
+    def layer_sums(
+        self,
+        layers: Sequence[Layer],
+        samples: Samples,
+        generator: torch.Generator,
+        collect: Callable[[Iterator[tuple[Mapping[Layer, LayerBatch], int]]], Sequence[Tensor]],
+    ) -> Sequence[Tensor]:
+        """What ``collect`` adds up over one pass over the data, which may be divided between processes.
 
-        ``layers`` may come from several operators over the same problem: one pass then serves them all.
+        ``collect`` is given the batches of a share of the data, each with its sample count; layers that the
+        model skips are absent. It returns sums over them, as many and of the same shapes for every share; the
+        result is the sum of what it returned for all shares. ``layers`` may come from several operators
+        over the same problem: one pass then serves them all.
         """
         ...
 
@@ -280,6 +288,15 @@ class Executor(Protocol):
         ``job`` or ``units`` raises is raised here as it is, and no work goes on after that, or after the
         iterator was closed.
         """
+        ...
+
+
+@runtime_checkable
+class Fitting(Protocol):
+    """Capability of an executor: a fit with it takes place where it works."""
+
+    def processes(self) -> Processes | None:
+        """The processes between which the training data is divided; ``None``: this one has all of it."""
         ...
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from influence_framework.attribution.blocks import Block
 from influence_framework.data import Batch, take
+from influence_framework.devices import to_device
 from influence_framework.fitted import Fitted
 from influence_framework.layer_scores import Sides, nbytes
 from influence_framework.points import checked_points
@@ -74,6 +75,11 @@ class SelfScores:
 
     fitted: Fitted
 
+    @property
+    def alone(self) -> bool:
+        """Whether one of the processes that the data is divided between can do this without the others."""
+        return solves_alone(self.fitted)
+
     def __call__(self, block: Block) -> Computed:
         log = SolveLog()
         found = [_total(self.fitted.self_scores(batch, log)) for batch in _checked(self.fitted, block)]
@@ -85,6 +91,11 @@ class FactorNorms:
     """``‖(C + λI)⁻¹ ∇ℓ(z)‖`` of every training point, as one row."""
 
     fitted: Fitted
+
+    @property
+    def alone(self) -> bool:
+        """As of :class:`SelfScores`, by right-hand sides."""
+        return self.fitted.problem.processes is None
 
     def __call__(self, block: Block) -> Computed:
         log = SolveLog()
@@ -113,6 +124,11 @@ class Preparation:
 
     fitted: Fitted
 
+    @property
+    def alone(self) -> bool:
+        """As of :class:`SelfScores`."""
+        return solves_alone(self.fitted)
+
     def __call__(self, block: Block) -> Prepared:
         log = SolveLog()
         scorer = self.fitted.layer_scorer()
@@ -126,9 +142,18 @@ class Preparation:
         """The job of ``count`` test points from all their parts, in order."""
         scorer = self.fitted.layer_scorer()
         if scorer is not None:
-            held = scorer.combined([cast(Sides, part.held) for part in parts])
+            held = scorer.combined([cast(Sides, part) for part in self._present(parts)])
             return LayerScores(self.fitted, held, count)
-        return FactorScores(self.fitted, torch.cat([cast(Tensor, part.held) for part in parts]))
+        return FactorScores(self.fitted, torch.cat([cast(Tensor, part) for part in self._present(parts)]))
+
+    def _present(self, parts: Sequence[Prepared]) -> list[Tensor | Sides]:
+        """On the device of the model, from wherever they were worked out."""
+        return [to_device(part.held, self.fitted.problem.parameters.device) for part in parts]
+
+
+def solves_alone(fitted: Fitted) -> bool:
+    """Whether no solve takes products with data that is divided between processes."""
+    return fitted.problem.processes is None or fitted.layer_scorer() is not None
 
 
 def points_at_once(fitted: Fitted) -> int:

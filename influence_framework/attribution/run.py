@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from influence_framework.attribution.outputs import (
     Scored,
     resolve_output,
 )
+from influence_framework.attribution.places import Forgetting, Place
 from influence_framework.attribution.queries import (
     Computed,
     FactorNorms,
@@ -29,14 +31,14 @@ from influence_framework.attribution.queries import (
     points_at_once,
 )
 from influence_framework.attribution.store import FORMAT, Store
-from influence_framework.compose import Spec, resolve
 from influence_framework.errors import InvalidInputError
 from influence_framework.fitted import Fitted
 from influence_framework.influence import TorchInfluenceFunctionModel
-from influence_framework.protocols import Executor
+from influence_framework.protocols import Executor, Fitting
 from influence_framework.registry import Registry, default_registry
 from influence_framework.reports import SolveReport
 from influence_framework.solving import SolveLog
+from influence_framework.specs import Spec, resolve
 
 UNITS = (
     "∇ℓ(test)ᵀ (C + λI)⁻¹ ∇ℓ(train), C the curvature of the mean training loss: removing a training point "
@@ -94,12 +96,15 @@ def attribute(
         raise InvalidInputError(f"The output {chosen.name!r} is of pairs: pass test points too.")
     if not chosen.pairs and test is not None:
         raise InvalidInputError(f"The output {chosen.name!r} is of training points alone: pass test=None.")
-    surveys = {"training points": Survey.of(train, "training points")}
-    if test is not None:
-        surveys["test points"] = Survey.of(test, "test points")
-    run = _Run(model, fitted, chosen, worker, surveys)
-    with model.solving() as log:
-        return run.into(Store(store, run.manifest()) if store is not None else None, test, train, log, progress)
+    processes = worker.processes() if isinstance(worker, Fitting) else None
+    processes = processes or fitted.problem.processes
+    with nullcontext() if processes is None else processes.together():
+        surveys = {"training points": Survey.of(train, "training points")}
+        if test is not None:
+            surveys["test points"] = Survey.of(test, "test points")
+        run = _Run(model, fitted, chosen, worker, surveys, Place.of(processes, surveys))
+        with model.solving() as log:
+            return run.into(run.place.store(store, run.manifest()), test, train, log, progress)
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,7 @@ class _Run:
     output: Output
     executor: Executor
     surveys: Mapping[str, Survey]
+    place: Place
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -157,12 +163,12 @@ class _Run:
     ) -> Scored:
         """Collect what is not in the store yet."""
         collector = self._collector(store)
-        done: set[tuple[int, int]] = set()
         if store is not None:
             store.resume(collector)
-            done = store.done
+        done = self.place.resumed(store, collector)
         total = self.shape[0] * self.shape[1]
-        with tqdm(total=total, desc="Scores", unit="score", unit_scale=True, disable=not progress) as bar:
+        quiet = not (progress and self.place.leads)
+        with tqdm(total=total, desc="Scores", unit="score", unit_scale=True, disable=quiet) as bar:
             for start, stop in self._groups():
                 rows = slice(start, stop)
                 wanted = [c for c in range(0, self.shape[1], self.chunks[1]) if (start, c) not in done]
@@ -180,11 +186,13 @@ class _Run:
         scored = Scored(self.output, ids.get("test points", np.arange(0)), ids["training points"], collector)
         if store is not None:
             store.conclude(collector, scored.test_ids, scored.train_ids)
-        return scored
+        return self.place.concluded(scored)
 
     def _collector(self, store: Store | None) -> Collector:
-        if store is not None and isinstance(self.output, Matrix):
+        if isinstance(self.output, Matrix) and store is not None:
             return store.matrix(self.shape, self.chunks, self.dtype)
+        if isinstance(self.output, Matrix) and self.place.folder is not None:
+            return Forgetting()
         return self.output.collector(*self.shape, self.dtype)
 
     def _groups(self) -> Iterator[tuple[int, int]]:
@@ -217,7 +225,9 @@ class _Run:
 
     def _prepared(self, block: Block, log: SolveLog) -> Job:
         preparation = Preparation(self.fitted)
-        done = list(self.executor.run(preparation, block.pieces(getattr(self.executor, "workers", 1))))
+        # What is done by all processes together is best done at once.
+        pieces = getattr(self.executor, "workers", 1) if preparation.alone else 1
+        done = list(self.executor.run(preparation, block.pieces(pieces)))
         parts = [part for _, part in sorted(done, key=lambda pair: pair[0].start)]
         for part in parts:
             log.absorb(part.report)
@@ -232,10 +242,18 @@ class Relative:
     fitted: Fitted
     normalize: str
 
+    @property
+    def alone(self) -> bool:
+        """As of what it divides by."""
+        return self._own.alone
+
+    @property
+    def _own(self) -> SelfScores | FactorNorms:
+        return SelfScores(self.fitted) if self.normalize == "l_relatif" else FactorNorms(self.fitted)
+
     def __call__(self, block: Block) -> Computed:
         scores, report = self.job(block)
-        own = SelfScores(self.fitted) if self.normalize == "l_relatif" else FactorNorms(self.fitted)
-        sizes, solved = own(block)
+        sizes, solved = self._own(block)
         sizes = sizes.clamp(min=0).sqrt() if self.normalize == "l_relatif" else sizes
         values = torch.where(sizes > 0, scores / sizes, 0.0)
         return Computed(values, SolveReport(report.blocks + solved.blocks, report.hints + solved.hints))

@@ -79,6 +79,11 @@ class Store:
         array = zarr.create_array(location, shape=shape, chunks=chunks, dtype=dtype, overwrite=True)
         return MatrixCollector(array)
 
+    @staticmethod
+    def written(path: Path) -> MatrixCollector:
+        """The array of a full matrix that was written to ``path``, to be read."""
+        return MatrixCollector(_zarr().open_array(path / SCORES, mode="r"))
+
     def resume(self, collector: Collector) -> None:
         """Go on from where the last run was saved."""
         location = self.path / STATE

@@ -54,12 +54,16 @@ class EmpiricalFisherOperator(OuterProductOperator):
 
     def diagonal(self) -> Float[Tensor, " P"]:
         """``1/N Σ_i g_i²``."""
-        problem, parameters = self.problem, self.parameters
+        (total,) = self.problem.total(self._diagonal, "the diagonal")
+        return total / self.problem.size
+
+    def _diagonal(self, problem: Problem) -> list[Float[Tensor, " P"]]:
+        parameters = self.parameters
         total = torch.zeros(parameters.numel, dtype=self.dtype, device=self.device)
         for batch, size in problem.batches():
             for chunk in sample_chunks(problem, parameters, batch, size):
                 total += sample_gradients(problem, parameters, chunk).square().sum(0)
-        return total / problem.size
+        return [total]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from influence_framework.data import Batch
 from influence_framework.derivatives import PushForward, gradients_of, pull_back
 from influence_framework.errors import InvalidInputError
 from influence_framework.gradients import sample_chunks, sample_jacobians
-from influence_framework.layers import Samples, Tape, fisher_rows
+from influence_framework.layers import Layer, LayerBatch, Samples, Tape, fisher_rows
 from influence_framework.output_curvature import OutputCurvature
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
@@ -90,6 +90,11 @@ TRACE_OUTPUTS = 64
 """Outputs of a sample up to which the trace is exact; of more, it is taken from as many random draws."""
 
 
+def _squares(passed: Iterator[tuple[Mapping[Layer, LayerBatch], int]]) -> list[Tensor]:
+    total = sum(part.square() for batches, _ in passed for part in batches.values())
+    return [torch.tensor(total, dtype=torch.float64, device="cpu")]
+
+
 class OuterProductOperator(StreamingOperator):
     """``1/N Σ_n Σ_s g[s,n] g[s,n]ᵀ``: the trace is the sum of squares of the gradients."""
 
@@ -105,8 +110,8 @@ class OuterProductOperator(StreamingOperator):
         generator = torch.Generator("cpu").manual_seed(0)
         few = self.problem.outputs_of_a_sample() <= TRACE_OUTPUTS
         samples: Samples = "exact" if few else TRACE_OUTPUTS
-        passed = self.layer_batches(covered.layers, samples, generator)
-        return sum(part.square() for batches, _ in passed for part in batches.values()) / self.problem.size
+        (total,) = self.layer_sums(covered.layers, samples, generator, _squares)
+        return float(total) / self.problem.size
 
 
 class GaussNewtonOperator(OuterProductOperator):
@@ -127,7 +132,11 @@ class GaussNewtonOperator(OuterProductOperator):
 
     def diagonal(self) -> Float[Tensor, " P"]:
         """``1/N Σ_i Σ_cd H_i[c, d] J_i[c]∘J_i[d]``, from per-sample Jacobians within the budget."""
-        problem, parameters = self.problem, self.parameters
+        (total,) = self.problem.total(self._diagonal, "the diagonal")
+        return total / self.problem.size
+
+    def _diagonal(self, problem: Problem) -> list[Float[Tensor, " P"]]:
+        parameters = self.parameters
         total = torch.zeros(parameters.numel, dtype=self.dtype, device=self.device)
         for batch, size in problem.batches():
             with torch.no_grad():
@@ -135,7 +144,7 @@ class GaussNewtonOperator(OuterProductOperator):
             for chunk in sample_chunks(problem, parameters, batch, size, copies=2 * width):
                 jacobian, curvature = sample_jacobians(problem, parameters, chunk)
                 total += torch.einsum("ncp,ncd,ndp->p", jacobian, curvature, jacobian)
-        return total / problem.size
+        return [total]
 
 
 @dataclass(frozen=True)

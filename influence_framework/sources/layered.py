@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -77,16 +78,25 @@ def layered_dense(
     simple = all(len(x.modules) == 1 and isinstance(x.form, LinearForm) for x in covered.layers)
     if covered.uncovered or not simple:
         return None
-    layers = {name: layer for layer in covered.layers for name in layer.modules}
+    refused, dense = problem.total(partial(_summed, parameters, curvature, covered.layers), "the matrix")
+    return None if refused else dense.div_(problem.size)
+
+
+def _summed(
+    parameters: ParameterSpace, curvature: Curvature, covered: Sequence[Layer], problem: Problem
+) -> list[Tensor]:
+    """Whether any batch was refused, and the sum over samples."""
+    layers = {name: layer for layer in covered for name in layer.modules}
     sums: dict[tuple[str, str], Tensor] = {}
     for whole, size in problem.batches():
-        for batch in split(whole, size, _samples_at_once(problem, covered.layers)):
+        for batch in split(whole, size, _samples_at_once(problem, covered)):
             tape = record(problem, layers, batch)
             if not _used_once_on_vectors(tape, layers, problem.objective.size(batch)):
-                return None
+                # Zeros, since others may be on their way to the sum with what they have.
+                return [torch.ones((), dtype=torch.float64, device="cpu"), _scatter({}, {}, parameters)]
             _add(sums, curvature(problem, tape, batch), layers)
     places = {name: layer.form.places[0] for name, layer in layers.items()}
-    return _scatter(sums, places, parameters).div_(problem.size)
+    return [torch.zeros((), dtype=torch.float64, device="cpu"), _scatter(sums, places, parameters)]
 
 
 def _samples_at_once(problem: Problem, layers: Sequence[Layer]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -113,7 +114,7 @@ class StreamingOperator(Operator):
         """Whether the graphs of all data take no more than this block's share of half the budget."""
         problem = self.problem
         share = self.parameters.numel / problem.parameters.numel
-        needed = GRAPH * problem.sample_bytes * problem.size
+        needed = GRAPH * problem.sample_bytes * problem.share_size
         return problem.cached and needed <= share * problem.memory_budget / 2
 
     def _linearizations(self) -> Iterator[tuple[Linearization, int]]:
@@ -135,15 +136,20 @@ class StreamingOperator(Operator):
     def _matmat(self, columns: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
         # Rows are contiguous vectors: each parameter's part of them is a view, with nothing to copy.
         rows = columns.T.contiguous()
-        product = torch.zeros_like(rows)
-        for linearization, size in self._linearizations():
-            add_batch(product, linearization, rows, size / self.problem.size, self.problem.memory_budget)
+        (product,) = self.problem.total(partial(self._product, rows), "a curvature product", rows)
         if not torch.isfinite(product).all() and torch.isfinite(columns).all():
             raise NonFiniteError(
                 "A curvature product contains NaN or infinity: a gradient of the model overflows. "
                 "Check the scale of the data and of the parameters, or use float64."
             )
         return product.T
+
+    def _product(self, rows: Float[Tensor, "k P"], problem: Problem) -> list[Float[Tensor, "k P"]]:
+        """The part of the product that the batches of ``problem`` make up."""
+        product = torch.zeros_like(rows)
+        for linearization, size in self._linearizations():
+            add_batch(product, linearization, rows, size / problem.size, problem.memory_budget)
+        return [product]
 
     def to_dense(self) -> Float[Tensor, "P P"]:
         """The full matrix: from second derivatives at layer outputs where the model allows, else by columns.
@@ -171,17 +177,26 @@ class StreamingOperator(Operator):
             self._cache.cover = cover(self.problem, self.parameters)
         return self._cache.cover
 
-    def layer_batches(
-        self, layers: Sequence[Layer], samples: Samples, generator: torch.Generator
-    ) -> Iterator[tuple[Mapping[Layer, LayerBatch], int]]:
-        """Inputs and output gradients of ``layers``, batch by batch; see :class:`LayerStatistics`."""
-        rows = self.rows(self.problem, samples, generator)
-        return layer_batches(self.problem, layers, rows, samples)
+    def layer_sums(
+        self,
+        layers: Sequence[Layer],
+        samples: Samples,
+        generator: torch.Generator,
+        collect: Callable[[Iterator[tuple[Mapping[Layer, LayerBatch], int]]], Sequence[Tensor]],
+    ) -> Sequence[Tensor]:
+        """Sums over inputs and output gradients of ``layers``; see :class:`LayerStatistics`."""
+        if self.problem.processes is not None:
+            generator = self.problem.processes.generator(generator)
+
+        def work(problem: Problem) -> Sequence[Tensor]:
+            return collect(layer_batches(problem, layers, self.rows(problem, samples, generator), samples))
+
+        return self.problem.total(work, "statistics of layers")
 
     def minibatches(self, generator: torch.Generator) -> Iterator[LinearOperator]:
         """Operators of random mini-batches, without end."""
         for batch, size in self.problem.random_batches(generator):
-            yield MinibatchOperator(self, batch, size)
+            yield MinibatchOperator(self, batch, self.problem.count(size))
 
 
 def add_batch(
@@ -204,8 +219,8 @@ class MinibatchOperator(Operator):
 
     Attributes:
         whole: The operator over all data that this batch is a sample of.
-        batch: Its samples.
-        size: Their number.
+        batch: Its samples; of data that is divided, those of this process.
+        size: Number of samples of the whole mini-batch.
     """
 
     whole: StreamingOperator
@@ -226,8 +241,13 @@ class MinibatchOperator(Operator):
 
     def _matmat(self, columns: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
         rows = columns.T.contiguous()
-        product = torch.zeros_like(rows)
         problem = self.whole.problem
-        linearization = self.whole.linearize(problem, self.whole.parameters, self.batch)
-        add_batch(product, linearization, rows, 1.0, problem.memory_budget)
+        (product,) = problem.total(partial(self._product, rows), "a product with a mini-batch", rows)
         return product.T
+
+    def _product(self, rows: Float[Tensor, "k P"], problem: Problem) -> list[Float[Tensor, "k P"]]:
+        product = torch.zeros_like(rows)
+        linearization = self.whole.linearize(problem, self.whole.parameters, self.batch)
+        own = problem.objective.size(self.batch)
+        add_batch(product, linearization, rows, own / self.size, problem.memory_budget)
+        return [product]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from itertools import islice
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -13,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from influence_framework.errors import InvalidInputError, MissingCapabilityError
-from influence_framework.layers import Cover, Layer, Samples
+from influence_framework.layers import Cover, Layer, LayerBatch, Samples
 from influence_framework.protocols import Diagonal, LayerStatistics, LinearOperator
 from influence_framework_ekfac.inverse import EkfacInverse, EkfacLayer
 from influence_framework_ekfac.statistics import (
@@ -26,6 +27,10 @@ from influence_framework_ekfac.statistics import (
 
 ALONE = "only"
 """Name of the block where a single operator is fitted."""
+
+
+Sums = TypeVar("Sums", Covariances, SecondMoments)
+"""What is added up over the batches of one layer."""
 
 
 def _is_whole(value: object, least: int) -> bool:
@@ -124,29 +129,45 @@ class KroneckerSolver:
     def _bases(
         self, operator: LayerStatistics, layers: Sequence[Layer], dtype: torch.dtype
     ) -> dict[Layer, Eigenbasis]:
-        covariances = {layer: Covariances(layer, self.weight_sharing, self.dtype) for layer in layers}
-        total = 0
-        for batches, size in self._pass(operator, layers, "Covariances"):
-            total += size
-            for layer, batch in batches.items():
-                covariances[layer].add(batch)
+        def covariance(layer: Layer) -> Covariances:
+            return Covariances(layer, self.weight_sharing, self.dtype)
+
+        covariances, total = self._summed(operator, layers, covariance, "Covariances")
         bases = {
             layer: found.decompose(layer.name, total, dtype, layer.form.places.device)
             for layer, found in covariances.items()
         }
         if not self.refits:
             return bases
-        moments = {layer: SecondMoments(basis, self.memory_budget) for layer, basis in bases.items()}
-        for batches, _ in self._pass(operator, layers, "Eigenvalues"):
-            for layer, batch in batches.items():
-                moments[layer].add(batch)
+
+        def second_moments(layer: Layer) -> SecondMoments:
+            return SecondMoments(bases[layer], self.memory_budget)
+
+        moments, _ = self._summed(operator, layers, second_moments, "Eigenvalues")
         return {layer: found.eigenbasis(total) for layer, found in moments.items()}
 
-    def _pass(self, operator: LayerStatistics, layers: Sequence[Layer], what: str) -> Iterator[Any]:
+    def _summed(
+        self, operator: LayerStatistics, layers: Sequence[Layer], make: Callable[[Layer], Sums], what: str
+    ) -> tuple[dict[Layer, Sums], int]:
+        """Sums over the data of every layer, and the number of samples."""
+
+        def collect(passed: Iterator[tuple[Mapping[Layer, LayerBatch], int]]) -> list[Tensor]:
+            found: dict[Layer, Sums] = {layer: make(layer) for layer in layers}
+            count = torch.zeros((), dtype=torch.float64, device="cpu")
+            for batches, size in tqdm(passed, desc=what, unit=" batches", disable=not self.progress):
+                count += size
+                for layer, batch in batches.items():
+                    found[layer].add(batch)
+            return [count, *(part for layer in layers for part in found[layer].sums)]
+
         # Both passes see the same draws.
         generator = torch.Generator("cpu").manual_seed(self.seed)
-        passed = operator.layer_batches(layers, self.samples, generator)
-        return iter(tqdm(passed, desc=what, unit=" batches", disable=not self.progress))
+        count, *sums = operator.layer_sums(layers, self.samples, generator, collect)
+        rest = iter(sums)
+        totals = {layer: make(layer) for layer in layers}
+        for kept in totals.values():
+            kept.sums = list(islice(rest, len(kept.sums)))
+        return totals, int(count)
 
     def _rest(
         self, operator: LinearOperator, layers: Mapping[str, EkfacLayer]
