@@ -165,8 +165,11 @@ def installed_plugins() -> Iterator[Origin]:
         yield found[key]
 
 
-def _field(distribution: metadata.Distribution | None, name: Literal["name", "version"]) -> str:
-    """A field of the metadata, as far as it can be read: an interrupted removal leaves folders without."""
+def _field(distribution: Any, name: Literal["name", "version"]) -> str:
+    """A field of the metadata, as far as it can be read: an interrupted removal leaves folders without.
+
+    Once a backport of ``importlib.metadata`` is imported, as Dask does, distributions are of its class.
+    """
     try:
         return getattr(distribution, name, None) or UNKNOWN
     except Exception:  # what a missing file or field raises depends on the version of Python

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from influence_framework.attribution.blocks import shuffles
 from influence_framework.errors import InvalidInputError
 from influence_framework_dask.shipping import Reference
-from influence_framework_dask.tasks import read
+from influence_framework_dask.tasks import Chunk, read
 
 
 def check_points(x: Any, y: Any, dtype: np.dtype[Any], x_name: str, y_name: str) -> None:
@@ -114,7 +114,7 @@ def _array(
     batches: list[list[int]],
     sizes: tuple[int, ...],
     part: int,
-    like: np.ndarray[Any, Any],
+    like: Chunk,
 ) -> da.Array:
     name = f"influence-read-{reference.token}-{part}"
     features = like.shape[1:]

@@ -204,10 +204,15 @@ class DaskInfluenceCalculator:
 
 @dataclass(frozen=True)
 class _Layers:
-    """A layer with all that it is made of."""
+    """A layer with all that it is made of.
+
+    Attributes:
+        name: Of the layer.
+        graph: A ``HighLevelGraph``, whose own annotation of keys run-time checks do not follow.
+    """
 
     name: str
-    graph: HighLevelGraph
+    graph: Any
 
     @classmethod
     def on(cls, name: str, layer: dict[Any, Any], *parents: _Layers) -> _Layers:

@@ -77,7 +77,7 @@ class DaskExecutor:
         label = f"influence-{type(job).__name__}"
         waiting: dict[Any, tuple[Future[Any], Unit]] = {}
         source = iter(units)
-        done = as_completed()
+        done = as_completed(loop=client.loop)
 
         def fill() -> None:
             for unit in source:

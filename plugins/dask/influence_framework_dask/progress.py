@@ -9,7 +9,7 @@ from typing import Any
 import dask.array as da
 import numpy as np
 from dask.callbacks import Callback
-from distributed import Client, as_completed
+from distributed import Client, as_completed, futures_of
 from tqdm import tqdm
 
 
@@ -20,10 +20,10 @@ def computed(array: da.Array, client: Client | None, progress: bool) -> np.ndarr
         if client is None:
             with _counting(bar, keys):
                 return np.asarray(array.compute())
-        future = client.persist(array)
-        for _ in as_completed(client.futures_of(future)):
+        held = client.persist(array)
+        for _ in as_completed(futures_of(held, client=client), loop=client.loop):
             bar.update()
-        return np.asarray(client.gather(client.compute(future)))
+        return np.asarray(client.compute(held).result())
 
 
 @contextmanager
