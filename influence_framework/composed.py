@@ -121,6 +121,7 @@ class ComposedModel:
         with random_state_kept(), nullcontext() if processes is None else processes.together():
             if processes is not None:
                 processes.check_model(self.model)
+                processes.check_sampler(data)
             problem = Problem.build(
                 self.model, self.loss, data, memory_budget=self.memory_budget, processes=processes
             )

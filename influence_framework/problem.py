@@ -68,7 +68,8 @@ class Problem:
             but no curvature products.
         memory_budget: Bytes for caches and intermediate results.
         state: Global random state in which every pass starts.
-        fingerprint: What the first pass held, to notice other contents in a later one.
+        fingerprint: What the first pass held.
+        share: The same of what was for this process, to notice other contents in a later pass.
         processes: Those that the data is divided between, of which this one has a share; ``None`` where it has
             all. ``size`` counts the samples of all shares.
     """
@@ -87,6 +88,7 @@ class Problem:
     memory_budget: int
     state: RandomState
     fingerprint: Fingerprint
+    share: Fingerprint
     processes: Processes | None = None
 
     @classmethod
@@ -128,6 +130,7 @@ class Problem:
             memory_budget=memory_budget,
             state=random_state(data),
             fingerprint=Fingerprint(),
+            share=Fingerprint(),
             processes=processes,
             **measured,
         )._read()
@@ -166,14 +169,16 @@ class Problem:
             # Batches of one sample do not tell a mean from a sum; what they were joined to does.
             largest = max(joined, key=problem.objective.size)
             problem = replace(problem, objective=problem.validated(largest, "training data").objective)
+        whole = own if self.processes is None else self.processes.settle(read, own)
         return replace(
             problem,
             data=self.data if joined is None else joined,
             cached=joined is not None,
-            size=own.size if self.processes is None else self.processes.settle(read, own),
+            size=whole.size,
             batch_size=first,
             objective=_settled(problem.objective),
-            fingerprint=own,
+            fingerprint=whole,
+            share=own,
         )
 
     def _same(self, batch: Batch) -> Batch:
@@ -362,9 +367,9 @@ class Problem:
                 found += Fingerprint.of(own, size)
             for batch in split(own, size, self.max_batch):
                 yield batch, self.objective.size(batch)
-        if self.cached or found.agrees(self.fingerprint):
+        if self.cached or found.agrees(self.share):
             return
-        before = self.fingerprint.size
+        before = self.share.size
         now = f"{found.size} now" if found.size != before else "as many, but not the same ones, now"
         order = "in whatever order" if self.processes is None else "and in the same order where it is divided"
         raise InvalidInputError(

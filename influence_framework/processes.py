@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.utils.data import DistributedSampler
 
 from influence_framework.data import Batch, Fingerprint, take
 from influence_framework.errors import DistributedError, InvalidInputError
@@ -67,9 +68,16 @@ class Processes:
 
     @property
     def _device(self) -> torch.device:
-        """Where tensors have to be to be exchanged."""
-        nccl = "nccl" in str(dist.get_backend(self.group))
-        return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+        """Where small things are exchanged."""
+        return self._exchangeable(torch.device("cpu"))
+
+    def _exchangeable(self, device: torch.device) -> torch.device:
+        """The device itself, where the group exchanges tensors on such, else one on which it does."""
+        # Such as "cpu:gloo,cuda:nccl".
+        known = [part.partition(":")[0] for part in dist.get_backend_config(self.group).split(",")]
+        if device.type in known:
+            return device
+        return torch.device("cpu") if "cpu" in known else torch.device("cuda", torch.cuda.current_device())
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -186,7 +194,7 @@ class Processes:
 
     def _sum(self, tensor: Tensor) -> Tensor:
         # A copy where the tensor is not contiguous, or elsewhere.
-        summed = tensor.to(self._device).contiguous()
+        summed = tensor.to(self._exchangeable(tensor.device)).contiguous()
         dist.all_reduce(summed, group=self.group)
         return summed.to(tensor.device)
 
@@ -206,8 +214,21 @@ class Processes:
         drawn = torch.randint(2**62, (), generator=generator, device=generator.device)
         return torch.Generator(generator.device).manual_seed(int(drawn) + self.rank)
 
-    def settle(self, read: Fingerprint, own: Fingerprint) -> int:
-        """Number of samples of all shares, which are checked to be all of the data.
+    def check_sampler(self, data: Any) -> None:
+        """Raise :class:`InvalidInputError` for a loader whose sampler gives some samples to two processes."""
+        sampler = getattr(data, "sampler", None)
+        if not isinstance(sampler, DistributedSampler):
+            return
+        repeated = sampler.total_size - len(sampler.dataset)  # type: ignore[arg-type]
+        if repeated > 0:
+            raise InvalidInputError(
+                f"The DistributedSampler repeats {repeated} samples, for equal shares, and they would count "
+                "twice: give every process all of the data, without a sampler, which divides it "
+                "exactly; or give each its own share by a sampler that repeats none."
+            )
+
+    def settle(self, read: Fingerprint, own: Fingerprint) -> Fingerprint:
+        """Of all shares, which are checked to be all of the data.
 
         Args:
             read: Of all samples that this process has read.
@@ -230,7 +251,7 @@ class Processes:
                 "the same order (shuffle=False, or the same seed in all), or set divided=True where each is "
                 "given its own share."
             )
-        return whole.size
+        return whole
 
 
 def _checksum(tensor: Tensor) -> tuple[float, float]:

@@ -60,7 +60,7 @@ class TorchDistributedExecutor:
 
     def run(self, job: Callable[[Unit], Result], units: Iterable[Unit]) -> Iterator[tuple[Unit, Result]]:
         """Every unit with its result, in order, in every process."""
-        if not getattr(job, "alone", True):
+        if not getattr(job, "alone", False):
             yield from SequentialExecutor().run(job, units)
             return
         processes, rest = self.processes(), iter(units)

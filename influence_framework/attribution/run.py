@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from influence_framework.attribution.store import FORMAT, Store
 from influence_framework.errors import InvalidInputError
 from influence_framework.fitted import Fitted
 from influence_framework.influence import TorchInfluenceFunctionModel
-from influence_framework.protocols import Executor, Fitting
+from influence_framework.protocols import Executor, Fitting, Solver
 from influence_framework.registry import Registry, default_registry
 from influence_framework.reports import SolveReport
 from influence_framework.solving import SolveLog
@@ -142,7 +142,7 @@ class _Run:
         return {
             "format": FORMAT,
             "output": {"name": self.output.name, **asdict(self.output)},
-            "solver": repr(self.model.solver),
+            "solver": repr(_quiet(self.model.solver)),
             "source": repr(self.model.source),
             "blocks": {name: block.regularization for name, block in self.fitted.blocks.items()},
             "model": fingerprint(self.fitted.state),
@@ -232,6 +232,13 @@ class _Run:
         for part in parts:
             log.absorb(part.report)
         return preparation.job(parts, len(block))
+
+
+def _quiet(solver: Solver) -> Solver:
+    """The solver without its bar, which is no part of what is computed."""
+    if is_dataclass(solver) and any(field.name == "progress" for field in fields(solver)):
+        return cast(Solver, replace(solver, progress=False))
+    return solver
 
 
 @dataclass(frozen=True)
