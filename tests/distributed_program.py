@@ -10,6 +10,7 @@ import pickle
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import influence_framework as inf
+from influence_framework.attribution import run
 from influence_framework.attribution.queries import FactorScores, LayerScores
 from influence_framework.processes import Processes
 from tests import nets
@@ -28,8 +30,6 @@ from tests import nets
 Points = tuple[Tensor, Tensor]
 Results = dict[str, Any]
 MANY = "torch_distributed"
-TIGHT = 2000
-"""Bytes: the data is streamed."""
 
 
 def points(count: int, seed: int) -> Points:
@@ -53,7 +53,7 @@ def net() -> nn.Module:
 def composed(solver: Any = "cg", module: nn.Module | None = None, **options: Any) -> Any:
     options = {"hessian_regularization": 1e-2, "preflight": False, **options}
     if solver == "cg":
-        solver = {"name": "cg", "rtol": 1e-13, "atol": 0.0}
+        solver = {"name": "cg", "rtol": 1e-12, "atol": 0.0}
     return inf.compose(module or net(), nn.CrossEntropyLoss(), solver=solver, **options)
 
 
@@ -73,12 +73,19 @@ class Counted:
         return mock.patch.object(kind, "__call__", call)
 
 
-def scored(executor: str, solver: Any, **options: Any) -> Results:
+def streamed() -> Any:
+    """Within it, no data is held in memory."""
+    return mock.patch("influence_framework.problem.nbytes", return_value=2**40)
+
+
+def scored(executor: str, solver: Any, *, stream: bool = False, **options: Any) -> Results:
     """All kinds of scores of one composition."""
-    model = composed(solver, **options).fit(batches(TRAIN, 17), executor=executor)
+    with streamed() if stream else nullcontext():
+        model = composed(solver, **options).fit(batches(TRAIN, 17), executor=executor)
+    assert model.fitted.problem.cached is not stream
     found = {"influences": model.influences(*TEST, *TRAIN).numpy()}
     counted = Counted([])
-    with counted.of(FactorScores), counted.of(LayerScores):
+    with counted.of(FactorScores), counted.of(LayerScores), mock.patch.object(run, "LARGEST", 16):
         settings = {"test": batches(TEST, 4), "train": batches(TRAIN, 17), "executor": executor}
         found["matrix"] = inf.attribute(model, **settings).array
     top = inf.attribute(model, **settings, output={"name": "top_k", "k": 3, "normalize": "l_relatif"})
@@ -91,25 +98,23 @@ def scored(executor: str, solver: Any, **options: Any) -> Results:
 
 
 SOLVERS: dict[str, Callable[[str], Results]] = {
-    "cg": lambda executor: scored(executor, "cg", memory_budget=TIGHT),
+    "cg": lambda executor: scored(executor, "cg", stream=True),
     "direct": lambda executor: scored(executor, "direct", preflight=True),
     "direct, relative λ by layer": lambda executor: scored(
         executor,
         "direct",
         source="hessian",
         blocks="per_layer",
-        memory_budget=TIGHT,
+        stream=True,
         hessian_regularization=inf.RelativeRegularization(20.0),
     ),
     "ekfac": lambda executor: scored(executor, {"name": "ekfac", "samples": "exact"}),
-    "ekfac of true labels": lambda executor: scored(
-        executor, "ekfac", source="empirical_fisher", memory_budget=TIGHT
-    ),
+    "ekfac of true labels": lambda executor: scored(executor, "ekfac", source="empirical_fisher", stream=True),
     "nystroem": lambda executor: scored(executor, {"name": "nystroem", "rank": 30}),
     "jacobi": lambda executor: scored(executor, "jacobi"),
 }
 RANDOM: dict[str, Callable[[str], Results]] = {
-    "lissa": lambda executor: scored(executor, {"name": "lissa", "rtol": 1e-3}, hessian_regularization=0.1),
+    "lissa": lambda executor: scored(executor, {"name": "lissa", "rtol": 1e-2}, hessian_regularization=0.3),
     "ekfac of drawn labels": lambda executor: scored(executor, "ekfac", hessian_regularization=0.1),
 }
 
@@ -147,6 +152,11 @@ def sampled(count: int) -> DataLoader[Any]:
     return DataLoader(data, batch_size=9, sampler=DistributedSampler(data, shuffle=False))
 
 
+def disturbed(data: Nth) -> None:
+    with streamed():
+        fit(data).influences(*TEST)
+
+
 def other_net() -> nn.Module:
     module = net()
     with torch.no_grad():
@@ -163,7 +173,7 @@ def refused_store(folder: Path) -> None:
 
 
 def stored(folder: Path) -> Results:
-    model = composed("direct", memory_budget=TIGHT).fit(batches(TRAIN, 17), executor=MANY)
+    model = composed("direct", memory_budget=8000).fit(batches(TRAIN, 17), executor=MANY)
     settings = {"test": batches(TEST, 4), "train": batches(TRAIN, 17), "executor": MANY}
     plain = inf.attribute(model, **settings).array
     first = inf.attribute(model, **settings, store=folder / "matrix").array[:]
@@ -195,7 +205,7 @@ def cases(folder: Path) -> dict[str, Callable[[], Any]]:
     return {
         **{name: lambda case=case: case(MANY) for name, case in {**SOLVERS, **RANDOM}.items()},
         "NaN in one share": lambda: fit(batches(with_nan(21), 17)),
-        "an error in a later pass": lambda: fit(Nth(TRAIN, 3), memory_budget=TIGHT).influences(*TEST),
+        "an error in a later pass": lambda: disturbed(Nth(TRAIN, 3)),
         "an error in the first pass": lambda: fit(Nth(TRAIN, 1)),
         "another order": lambda: fit(batches(reordered(TRAIN), 17)),
         "another number": lambda: fit(batches(by_rank(TRAIN, points(60, 1)), 17)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -41,6 +41,9 @@ Job = Callable[[Block], Computed]
 class FactorScores:
     """Scores with factors ``(C + λI)⁻¹ ∇ℓ(z_test)``, ``(m, P)``."""
 
+    alone: ClassVar[bool] = True
+    """Whether one of the processes that the data is divided between can do this without the others."""
+
     fitted: Fitted
     factors: Float[Tensor, "m P"]
 
@@ -55,6 +58,9 @@ class FactorScores:
 @dataclass(frozen=True)
 class LayerScores:
     """Scores from inputs and output gradients of layers, for inverses that work on these."""
+
+    alone: ClassVar[bool] = True
+    """As of :class:`FactorScores`."""
 
     fitted: Fitted
     held: Sides
@@ -77,7 +83,7 @@ class SelfScores:
 
     @property
     def alone(self) -> bool:
-        """Whether one of the processes that the data is divided between can do this without the others."""
+        """As of :class:`FactorScores`."""
         return solves_alone(self.fitted)
 
     def __call__(self, block: Block) -> Computed:
@@ -94,7 +100,7 @@ class FactorNorms:
 
     @property
     def alone(self) -> bool:
-        """As of :class:`SelfScores`, by right-hand sides."""
+        """As of :class:`FactorScores`, by right-hand sides."""
         return self.fitted.problem.processes is None
 
     def __call__(self, block: Block) -> Computed:
@@ -126,7 +132,7 @@ class Preparation:
 
     @property
     def alone(self) -> bool:
-        """As of :class:`SelfScores`."""
+        """As of :class:`FactorScores`."""
         return solves_alone(self.fitted)
 
     def __call__(self, block: Block) -> Prepared:
