@@ -104,7 +104,8 @@ def scores(path: Path) -> np.ndarray:
     config = Config.read(path)
     with modules_beside(path):
         things = load(config)
-    model = compose(things["model"], things["loss"], **config.composition).fit(things["train"])
+    model = compose(things["model"], things["loss"], **config.composition)
+    model.fit([batch[:2] for batch in things["train"]])
     return attribute(model, things["test"], things["train"]).array
 
 

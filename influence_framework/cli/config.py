@@ -119,19 +119,14 @@ class Config:
         if wrong:
             raise InvalidInputError("\n".join(wrong))
         checked = _Checked(path, values, lines, wrong)
-        found = cls(
-            path=path,
-            values=values,
-            lines=lines,
-            output=checked.at("output", resolve_output, "matrix"),
-            executor=checked.at("executor", lambda spec: resolve("executor", spec), "sequential"),
-            composition=checked.composition(),
-        )
-        if not wrong:
-            checked.together(found.output)
+        output = checked.at("output", resolve_output, "matrix")
+        executor = checked.at("executor", lambda spec: resolve("executor", spec), "sequential")
+        composition = checked.composition()
+        if output is not None:
+            checked.together(output)
         if wrong:
             raise InvalidInputError("\n".join(wrong))
-        return found
+        return cls(path, values, lines, output, executor, composition)
 
 
 def _problem(path: Path, lines: Mapping[Place, int], place: Place, said: object) -> str:
@@ -207,9 +202,17 @@ class _Checked:
         self.wrong.append(_problem(self.path, self.lines, place, said))
 
     def _nearest(self, name: str, said: str) -> Place:
-        """The value below the key that an error names, since it may be an option of an option."""
-        below = [p for p in self.lines if p[0] == name and len(p) > 1 and f"{p[-1]}" in _words(said)]
-        return max(below, key=len, default=(name,))
+        """The value below the key that an error names, by key or by value: it may be an option of an option."""
+        below = [place for place in self.lines if place[0] == name and len(place) > 1]
+        by_key = [place for place in below if str(place[-1]) in _words(said)]
+        by_value = [place for place in below if self._value(place) in _words(said)]
+        return max(by_key or by_value, key=len, default=(name,))
+
+    def _value(self, place: Place) -> Any:
+        value: Any = self.values
+        for key in place:
+            value = value[key]
+        return value if isinstance(value, str) else None
 
     def composition(self) -> dict[str, Any]:
         """The arguments of ``compose`` that are given."""

@@ -38,7 +38,7 @@ def top(path: Path, test: str | None, count: int) -> str:
         )
     number = _number(stored.test_ids, test) if single else None
     scores, positions = _scores(stored, number)
-    order = np.lexsort((positions, -scores))
+    order = np.lexsort((positions, -scores)).tolist()
     helpful = [i for i in order if scores[i] > 0][:count]
     harmful = [i for i in order[::-1] if scores[i] < 0][:count]
     what = _what(stored.manifest, None if number is None else stored.test_ids[number])
