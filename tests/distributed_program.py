@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import influence_framework as inf
 from influence_framework.attribution import run
 from influence_framework.attribution.queries import FactorScores, LayerScores
+from influence_framework.cli.main import main as command
 from influence_framework.processes import Processes
 from tests import nets
 
@@ -98,7 +100,7 @@ def scored(executor: str, solver: Any, *, stream: bool = False, **options: Any) 
 
 
 SOLVERS: dict[str, Callable[[str], Results]] = {
-    "cg": lambda executor: scored(executor, "cg", stream=True),
+    "cg": lambda executor: scored(executor, "cg"),
     "direct": lambda executor: scored(executor, "direct", preflight=True),
     "direct, relative λ by layer": lambda executor: scored(
         executor,
@@ -113,10 +115,17 @@ SOLVERS: dict[str, Callable[[str], Results]] = {
     "nystroem": lambda executor: scored(executor, {"name": "nystroem", "rank": 30}),
     "jacobi": lambda executor: scored(executor, "jacobi"),
 }
-RANDOM: dict[str, Callable[[str], Results]] = {
-    "lissa": lambda executor: scored(executor, {"name": "lissa", "rtol": 1e-2}, hessian_regularization=0.3),
-    "ekfac of drawn labels": lambda executor: scored(executor, "ekfac", hessian_regularization=0.1),
+RANDOM: dict[str, Callable[[str], np.ndarray]] = {
+    "lissa": lambda executor: drawn(executor, {"name": "lissa", "rtol": 1e-2}),
+    "ekfac of drawn labels": lambda executor: drawn(executor, "ekfac"),
 }
+
+
+def drawn(executor: str, solver: Any) -> np.ndarray:
+    """Scores by a method that draws."""
+    model = composed(solver, hessian_regularization=0.3).fit(batches(TRAIN, 17), executor=executor)
+    scores: np.ndarray = model.influences(*TEST, *TRAIN).numpy()
+    return scores
 
 
 class Nth:
@@ -183,6 +192,37 @@ def stored(folder: Path) -> Results:
     return {"plain": plain, "first": first, "again": again, "table": table, "resumed": resumed}
 
 
+PROJECT = """
+from torch import nn
+from tests.distributed_program import TEST, TRAIN, batches, net
+
+train, test = batches(TRAIN, 17), batches(TEST, 4)
+"""
+CONFIG = """
+model = "project_of_processes:net"
+loss = "torch.nn:CrossEntropyLoss"
+train = "project_of_processes:train"
+test = "project_of_processes:test"
+store = "{store}"
+solver = "direct"
+hessian_regularization = 1e-2
+preflight = false
+executor = "torch_distributed"
+"""
+
+
+def commanded(folder: Path) -> Results:
+    """``influence run``, in a folder for each process with a store for all."""
+    own = folder / f"project-{rank()}"
+    own.mkdir()
+    (own / "project_of_processes.py").write_text(PROJECT)
+    (own / "config.toml").write_text(CONFIG.format(store=folder / "by-command"))
+    said, warned = io.StringIO(), io.StringIO()
+    with redirect_stdout(said), redirect_stderr(warned):
+        status = command(["run", str(own / "config.toml")])
+    return {"status": status, "out": said.getvalue(), "err": warned.getvalue()}
+
+
 def lost() -> None:
     """The second process ends without a word. This comes last."""
     model = composed().fit(batches(TRAIN, 17), executor=MANY)
@@ -226,6 +266,7 @@ def cases(folder: Path) -> dict[str, Callable[[], Any]]:
         "samples repeated by the sampler": lambda: composed().fit(sampled(61), executor=half),
         "a share each": lambda: composed().fit(sampled(60), executor=half).influences(*TEST).numpy(),
         "a store": lambda: stored(folder),
+        "the command": lambda: commanded(folder),
         "no all-reduce": lambda: unreduced(),
         "lost": lost,
     }

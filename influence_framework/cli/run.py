@@ -25,6 +25,7 @@ from influence_framework.compose import compose
 from influence_framework.errors import InvalidInputError
 from influence_framework.influence import TorchInfluenceFunctionModel
 from influence_framework.parameters import Blocks, ParameterSpace
+from influence_framework.protocols import Fitting
 from influence_framework.regularization import per_block
 
 
@@ -144,7 +145,8 @@ def run(path: Path, *, resume: bool = False, progress: bool = True) -> Outcome |
         start = time.perf_counter()
         if leads:
             print(f"Fitting {type(model.solver).__name__} to the training data …", file=sys.stderr)
-        model.fit(WithoutIdentifiers(things["train"]), executor=config.executor)
+        fits = isinstance(config.executor, Fitting)
+        model.fit(WithoutIdentifiers(things["train"]), executor=config.executor if fits else "sequential")
         fitted = time.perf_counter()
         scored = attribute(
             model,
