@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from influence_framework.attribution.blocks import Block, blocks
 from influence_framework.attribution.executors import Executor, SequentialExecutor
-from influence_framework.attribution.fingerprints import Digest, Survey, fingerprint
+from influence_framework.attribution.fingerprints import Digest, Survey
 from influence_framework.attribution.outputs import (
     Collector,
     Matrix,
@@ -31,6 +31,7 @@ from influence_framework.attribution.queries import (
 )
 from influence_framework.attribution.store import FORMAT, Store
 from influence_framework.errors import InvalidInputError
+from influence_framework.fingerprints import fingerprint
 from influence_framework.fitted import Fitted
 from influence_framework.influence import TorchInfluenceFunctionModel
 from influence_framework.reports import SolveReport

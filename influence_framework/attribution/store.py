@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 from influence_framework.attribution.blocks import Identifiers
 from influence_framework.attribution.outputs import Array, Collector, MatrixCollector
 from influence_framework.errors import InvalidInputError
+from influence_framework.versions import versions
 
 FORMAT = 1
 MANIFEST, STATE, SCORES, TABLE, IDENTIFIERS = "manifest.json", "state.npz", "scores.zarr", "table", "ids.npz"
@@ -52,7 +52,7 @@ class Store:
                 f"{self.path} exists and is no store of scores (it has no {MANIFEST}): choose another path."
             )
         self.path.mkdir(parents=True, exist_ok=True)
-        self._write(MANIFEST, json.dumps(self.manifest | {"versions": versions()}, indent=2).encode())
+        self._write(MANIFEST, json.dumps(self.manifest | {"versions": versions("zarr")}, indent=2).encode())
 
     def _check(self) -> None:
         try:
@@ -128,17 +128,6 @@ class Store:
         temporary = self.path / f"{name}.new"
         temporary.write_bytes(content)
         temporary.replace(self.path / name)
-
-
-def versions() -> dict[str, str]:
-    """Of what computed the scores."""
-    found = {}
-    for name in ("influence-framework", "torch", "numpy", "zarr"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _zarr() -> Any:
