@@ -12,7 +12,15 @@ from typing import Any
 import numpy as np
 
 from influence_framework.attribution.blocks import Identifiers
-from influence_framework.attribution.outputs import Array, Collector, MatrixCollector
+from influence_framework.attribution.outputs import (
+    Array,
+    Collector,
+    Factors,
+    FactorsCollector,
+    MatrixCollector,
+    Output,
+)
+from influence_framework.data import Fingerprint
 from influence_framework.errors import InvalidInputError
 from influence_framework.versions import versions
 
@@ -26,9 +34,9 @@ class Store:
     """Scores on disk, block by block, with all that tells what they are.
 
     The folder holds ``manifest.json`` (composition, fingerprints, versions, shapes, units), ``ids.npz``, the
-    array ``scores.zarr`` of a full matrix, ``state.npz`` with the blocks that are done and what an output
-    keeps between them, and at the end, for other outputs than the matrix, ``table.npz`` and, where pyarrow is
-    installed, ``table.parquet``.
+    array ``scores.zarr`` of a full matrix or of factors, ``state.npz`` with the blocks that are done and what
+    an output keeps between them, and at the end, for other outputs than these, ``table.npz`` and, where pyarrow
+    is installed, ``table.parquet``.
 
     Args:
         path: The folder; made where it does not exist.
@@ -63,21 +71,33 @@ class Store:
         differences = [
             f"{key}: {found.get(key)!r} there, {self.manifest.get(key)!r} here"
             for key in dict.fromkeys([*self.manifest, *found])
-            if found.get(key) != self.manifest.get(key)
+            if not _agree(key, found.get(key), self.manifest.get(key))
         ]
         if differences:
             raise InvalidInputError(
                 f"{self.path} holds scores of something else: {'; '.join(differences)}. Choose another path."
             )
 
-    def matrix(self, shape: tuple[int, int], chunks: tuple[int, int], dtype: np.dtype[Any]) -> MatrixCollector:
-        """The array of a full matrix, made where it does not exist."""
+    def matrix(
+        self, output: Output, shape: tuple[int, int], chunks: tuple[int, int], dtype: np.dtype[Any]
+    ) -> MatrixCollector:
+        """The array of a full matrix or of factors, made where it does not exist."""
         zarr = _zarr()
         location = self.path / SCORES
         if location.exists() and (self.path / STATE).exists():
-            return MatrixCollector(zarr.open_array(location, mode="r+"))
-        array = zarr.create_array(location, shape=shape, chunks=chunks, dtype=dtype, overwrite=True)
-        return MatrixCollector(array)
+            array = zarr.open_array(location, mode="r+")
+        else:
+            factors = isinstance(output, Factors)
+            array = zarr.create_array(
+                location,
+                shape=shape[::-1] if factors else shape,
+                chunks=chunks[::-1] if factors else chunks,
+                dtype=dtype,
+                dimension_names=("point", "parameter") if factors else ("test", "train"),
+                attributes=self.manifest,
+                overwrite=True,
+            )
+        return FactorsCollector(array) if isinstance(output, Factors) else MatrixCollector(array)
 
     def resume(self, collector: Collector) -> None:
         """Go on from where the last run was saved."""
@@ -128,6 +148,13 @@ class Store:
         temporary = self.path / f"{name}.new"
         temporary.write_bytes(content)
         temporary.replace(self.path / name)
+
+
+def _agree(key: str, there: Any, here: Any) -> bool:
+    if key != "fitted to" or None in (there, here):
+        return bool(there == here)
+    # Sums over the same data in another order, or in other batches, are rounded otherwise.
+    return Fingerprint.of_json(there).agrees(Fingerprint.of_json(here))
 
 
 def _zarr() -> Any:

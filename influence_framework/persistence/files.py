@@ -127,7 +127,7 @@ def _body(folder: Path) -> dict[str, Any]:
         raise InvalidInputError(f"{path} is of something else than a model saved by influence_framework.")
     if not isinstance(body.get("version"), int) or body["version"] > VERSION:
         raise InvalidInputError(
-            f"{path} has version {body.get('version')!r} of the format, and versions up to {VERSION} are known here: "
+            f"{path} has version {body.get('version')!r} of the format, and this is for {VERSION}: "
             "upgrade influence-framework."
         )
     return body

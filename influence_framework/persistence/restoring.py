@@ -121,10 +121,7 @@ class _Saved:
         saved = self.body["problem"]
         self._check_model(model, parameters)
         example = None if saved["example"] is None else self.decoder.value(saved["example"])
-        numbers = saved["fingerprint"]
-        fingerprint = Fingerprint(
-            numbers["size"], tuple(numbers["sums"]), tuple(numbers["scales"]), numbers["precision"]
-        )
+        fingerprint = Fingerprint.of_json(saved["fingerprint"])
         if data is not None:
             problem = Problem.build(model, loss, data, memory_budget=self.memory_budget)
             self._check_data(problem, fingerprint)
