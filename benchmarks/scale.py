@@ -1,6 +1,6 @@
 """Scores of more pairs than memory holds, under a ceiling, to a store; and seconds a score against pydvl.
 
-The points are digits with noise from a seed. The first part runs in a process of its own, whose address space is
+The points are digits with noise from a seed. The first part runs in a process of its own, whose addresses are
 limited by ``resource.setrlimit(RLIMIT_AS)``: an allocation beyond it fails there.
 """
 
@@ -117,7 +117,7 @@ def ceiling(train: int = TRAIN, test: int = TEST) -> Iterator[str]:
     yield f"| most addresses in use | {found['address']:.0f} MB |"
     yield f"| store on disk | {found['store']:.0f} MB |"
     yield (
-        f"| {SAMPLED[0] * SAMPLED[1]:,} sampled entries against those in memory | {found['equal']:.1%} equal to "
+        f"| {SAMPLED[0] * SAMPLED[1]:,} sampled entries against memory | {found['equal']:.1%} equal to "
         f"the last bit; at most {found['apart']:.0e} apart, relative to √(self-influence · self-influence) |"
     )
 

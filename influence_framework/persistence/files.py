@@ -149,6 +149,7 @@ def _write_tensors(folder: Path, named: Mapping[str, Tensor]) -> dict[str, Any]:
     stored: dict[str, Tensor] = {}
     places: dict[str, tuple[str, list[int]]] = {}
     first: dict[Any, str] = {}
+    held: set[int] = set()
     for name, tensor in named.items():
         key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else name
         of = first.setdefault(key, name)
@@ -157,11 +158,11 @@ def _write_tensors(folder: Path, named: Mapping[str, Tensor]) -> dict[str, Any]:
             plain = tensor.detach().permute(order)
             if not plain.is_contiguous():
                 order, plain = list(range(tensor.ndim)), tensor.detach()
-            stored[name] = (
-                plain.contiguous()
-                if plain.is_contiguous()
-                else plain.clone(memory_format=torch.contiguous_format)
-            )
+            memory = plain.untyped_storage().data_ptr()
+            # Whatever else lies in the same memory is written by itself.
+            alone = plain.is_contiguous() and memory not in held
+            stored[name] = plain if alone else plain.clone(memory_format=torch.contiguous_format)
+            held.add(memory)
             places[name] = (name, order)
         else:
             places[name] = places[of]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -217,5 +217,5 @@ def _check_loss(problem: Problem, here: Mapping[str, list[float]], there: Mappin
 
 def _preflight(saved: Mapping[str, Any]) -> Preflight:
     blocks = {name: BlockPreflight(**block) for name, block in saved["blocks"].items()}
-    plain = Preflight(**{**saved, "blocks": blocks})
-    return replace(plain, unreachable=tuple(plain.unreachable), idle=tuple(plain.idle))
+    names = {which: tuple(saved[which]) for which in ("unreachable", "idle")}
+    return Preflight(**{**saved, **names, "blocks": blocks})

@@ -36,20 +36,6 @@ def save(fitted: Fitted, options: Mapping[str, Any], folder: files.Path_, regist
     problem = fitted.problem
     check_unchanged(problem.model, fitted.state)
     files.check_writable(Path(folder))
-    encoder = Encoder(registry)
-    composition = {
-        "solver": encoder.method("solver", options["solver"]),
-        "source": encoder.method("source", options["source"]),
-        **{
-            name: encoder.value(value, name)
-            for name, value in options.items()
-            if name not in ("solver", "source")
-        },
-    }
-    body: dict[str, Any] = {"versions": versions("safetensors"), "composition": composition}
-    body["problem"] = _problem(problem, encoder)
-    body["model"] = described(fitted.state, problem.parameters.names)
-    body["preflight"] = asdict(fitted.preflight)
     blocks = []
     parts: dict[str, Mapping[str, Tensor]] = {}
     for index, (name, block) in enumerate(fitted.blocks.items()):
@@ -64,6 +50,20 @@ def save(fitted: Fitted, options: Mapping[str, Any], folder: files.Path_, regist
                 "values": state.values,
             }
         )
+    encoder = Encoder(registry)
+    composition = {
+        "solver": encoder.method("solver", options["solver"]),
+        "source": encoder.method("source", options["source"]),
+        **{
+            name: encoder.value(value, name)
+            for name, value in options.items()
+            if name not in ("solver", "source")
+        },
+    }
+    body: dict[str, Any] = {"versions": versions("safetensors"), "composition": composition}
+    body["problem"] = _problem(problem, encoder)
+    body["model"] = described(fitted.state, problem.parameters.names)
+    body["preflight"] = asdict(fitted.preflight)
     body |= {"blocks": blocks, "methods": encoder.methods}
     files.write(Path(folder), body, {"model": encoder.tensors, **parts}.items())
 
