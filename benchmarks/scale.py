@@ -33,7 +33,7 @@ import influence_framework as inf
 
 TRAIN, TEST = 200_000, 2_000
 CEILING = 2 * 10**9
-LARGE, SMALL = [64, 1024, 512, 10], [64, 24, 10]
+LARGE, MIDDLE, SMALL = [64, 1024, 512, 10], [64, 128, 64, 10], [64, 24, 10]
 STRENGTH = 1e-2
 SAMPLED = 100, 1_000
 """Test and training points whose scores are looked up in the store and worked out in memory."""
@@ -170,21 +170,21 @@ def against_pydvl(runs: int) -> Iterator[str]:
     yield HEADER.format(peer="SequentialInfluenceCalculator")
     exact = Job(
         SMALL,
-        20_000,
-        500,
+        4_000,
+        200,
         {"solver": "direct", "source": "hessian"},
         partial(DirectInfluence, loss=LOSS, regularization=STRENGTH),
     )
-    yield exact.row("`direct`, 500 × 20,000, net 64-24-10", runs, (100, 500, 2_000), agree=True)
+    yield exact.row("`direct`, 200 × 4,000, net 64-24-10", runs, (200, 1_000), agree=True)
     kronecker = Job(
-        LARGE,
-        2_000,
+        MIDDLE,
+        1_000,
         100,
         {"solver": "ekfac"},
         partial(EkfacInfluence, update_diagonal=True, hessian_regularization=STRENGTH),
     )
     # The two draw pseudo-gradients of different kinds: the same method, not the same numbers.
-    yield kronecker.row("`ekfac`, 100 × 2,000, net 64-1024-512-10", runs, (25, 100), agree=False)
+    yield kronecker.row("`ekfac`, 100 × 1,000, net 64-128-64-10", runs, (25, 100), agree=False)
 
 
 def report(runs: int) -> Iterator[str]:
