@@ -6,17 +6,16 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 
-def raw(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def raw(tensor: Tensor) -> memoryview:
     """The bytes of a tensor's entries, row by row; of one in the CPU's memory, without a copy."""
     plain = tensor.detach().to("cpu").contiguous().reshape(-1)
     # What is conjugate or negative only by a flag has other bytes than it has entries.
-    found: np.ndarray[Any, np.dtype[np.uint8]] = plain.resolve_conj().resolve_neg().view(torch.uint8).numpy()
-    return found
+    entries: Any = plain.resolve_conj().resolve_neg().view(torch.uint8).numpy()
+    return memoryview(entries)
 
 
 def fingerprint(named: Mapping[str, Tensor]) -> str:

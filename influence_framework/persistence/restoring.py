@@ -25,7 +25,7 @@ from influence_framework.persistence.saving import MEASURED, described, probe
 from influence_framework.persistence.states import restored
 from influence_framework.preflight import BlockPreflight, Preflight
 from influence_framework.problem import Problem
-from influence_framework.protocols import SavedState, Solver
+from influence_framework.protocols import SavedState
 from influence_framework.registry import Registry, default_registry
 from influence_framework.regularization import BlockScale
 
@@ -71,23 +71,24 @@ def load(
     """
     path = Path(folder)
     body = files.read(path)
-    with _understood(path), random_state_kept():
-        check_model(model)
-        parameters = ParameterSpace.of(model)
+    check_model(model)
+    parameters = ParameterSpace.of(model)
+    with _understood(path):
         decoder = Decoder(
             registry, files.tensors(path, body["parts"]["model"], parameters.device), body["methods"]
         )
         options = {name: decoder.value(value) for name, value in body["composition"].items()}
-        needing = [block["name"] for block in body["blocks"] if block["multiplies"]]
-        if needing and data is None:
+        facts = _Facts.of(body, decoder)
+        if data is None and any(block["multiplies"] for block in body["blocks"]):
             raise InvalidInputError(
                 f"{type(options['solver']).__name__} multiplies with the curvature in every solve, so that it "
                 "needs the training data again: load(folder, model, loss, data)."
             )
-        saved = _Saved(path, body, decoder, options["memory_budget"])
-        composed = TorchInfluenceFunctionModel(model, loss, **options)
-        problem = saved.problem(model, loss, parameters, data)
-        composed._fit = saved.fitted(problem, composed)
+        _check_model(described(model_state(model), parameters.names), body["model"])
+    composed = TorchInfluenceFunctionModel(model, loss, **options)
+    with random_state_kept():
+        problem = facts.problem(composed, parameters, data)
+        composed._fit = _fitted(path, body, problem, composed)
     return composed
 
 
@@ -105,114 +106,132 @@ def _understood(path: Path) -> Iterator[None]:
         ) from error
 
 
-@dataclass(frozen=True)
-class _Saved:
-    """A folder that was found to be whole."""
+def _check_model(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
+    if list(here) != list(there):
+        differing = sorted(set(here) ^ set(there)) or ["the same in another order"]
+        raise InvalidInputError(
+            f"The saved model is of a net with other parameters and buffers: {', '.join(differing[:8])}."
+        )
+    for what in ("dtype", "shape", "trainable"):
+        for name in here:
+            if here[name][what] != there[name][what]:
+                raise InvalidInputError(
+                    f"{name!r} of the model has {what} {here[name][what]} here and {there[name][what]} in "
+                    "the saved model: pass the net that the influence model was fitted to."
+                )
+    other = [name for name in here if here[name]["values"] != there[name]["values"]]
+    if other:
+        raise InvalidInputError(
+            f"{', '.join(map(repr, other[:8]))} of the model {'has' if len(other) == 1 else 'have'} other "
+            "values than in the saved model, whose curvature is that of another net: load its state_dict "
+            "first, or fit again."
+        )
 
-    path: Path
-    body: Mapping[str, Any]
-    decoder: Decoder
-    memory_budget: int
+
+@dataclass(frozen=True)
+class _Facts:
+    """What was found out about the problem at the fit.
+
+    Attributes:
+        measured: Fields of :class:`Problem`.
+        fingerprint: Of the training data.
+        settled: What was found out about the loss; ``None`` for an objective.
+        example: Two samples; ``None`` where they are of a kind that cannot be written down.
+        probe: What the loss makes of them.
+    """
+
+    measured: Mapping[str, Any]
+    fingerprint: Fingerprint
+    settled: Mapping[str, Any]
+    example: Batch | None
+    probe: Mapping[str, list[float]]
+
+    @classmethod
+    def of(cls, body: Mapping[str, Any], decoder: Decoder) -> _Facts:
+        saved = body["problem"]
+        return cls(
+            {name: saved[name] for name in MEASURED},
+            Fingerprint.of_json(saved["fingerprint"]),
+            saved["objective"] or {},
+            None if saved["example"] is None else decoder.value(saved["example"]),
+            saved["probe"] or {},
+        )
 
     def problem(
-        self, model: nn.Module, loss: Loss | Objective, parameters: ParameterSpace, data: Iterable[Batch] | None
+        self, composed: TorchInfluenceFunctionModel, parameters: ParameterSpace, data: Iterable[Batch] | None
     ) -> Problem:
         """The problem that was fitted, with its data or without."""
-        saved = self.body["problem"]
-        self._check_model(model, parameters)
-        example = None if saved["example"] is None else self.decoder.value(saved["example"])
-        fingerprint = Fingerprint.of_json(saved["fingerprint"])
+        model, loss, budget = composed.model, composed.loss, composed.memory_budget
         if data is not None:
-            problem = Problem.build(model, loss, data, memory_budget=self.memory_budget)
-            self._check_data(problem, fingerprint)
-        elif example is None:
+            problem = Problem.build(model, loss, data, memory_budget=budget)
+            self._check_data(problem)
+        elif self.example is None:
             raise InvalidInputError(
                 "The samples of the training data are of a kind of their own, of which none was saved, so that "
                 "the data is needed again: load(folder, model, loss, data)."
             )
         else:
-            settled = {} if saved["objective"] is None else saved["objective"]
             problem = Problem(
                 model=model,
-                objective=loss if isinstance(loss, Objective) else SupervisedObjective(loss, **settled),
+                objective=loss if isinstance(loss, Objective) else SupervisedObjective(loss, **self.settled),
                 parameters=parameters,
                 data=LeftOut(),
                 cached=False,
-                example=example,
-                memory_budget=self.memory_budget,
+                example=self.example,
+                memory_budget=budget,
                 state=random_state(),
-                fingerprint=fingerprint,
-                **{name: saved[name] for name in MEASURED},
-            )
-            problem = problem.validated(example, "samples saved with the model")
-        if example is not None:
-            _check_loss(problem, probe(problem, example), saved["probe"])
+                fingerprint=self.fingerprint,
+                **self.measured,
+            ).validated(self.example, "samples saved with the model")
+        if self.example is not None:
+            self._check_loss(problem)
         return problem
 
-    def _check_model(self, model: nn.Module, parameters: ParameterSpace) -> None:
-        here, there = described(model_state(model), parameters.names), self.body["model"]
-        if list(here) != list(there):
-            differing = sorted(set(here) ^ set(there)) or ["the same in another order"]
-            raise InvalidInputError(
-                f"The saved model is of a net with other parameters and buffers: {', '.join(differing[:8])}."
-            )
-        for what in ("dtype", "shape", "trainable"):
-            for name in here:
-                if here[name][what] != there[name][what]:
-                    raise InvalidInputError(
-                        f"{name!r} of the model has {what} {here[name][what]} here and {there[name][what]} in "
-                        "the saved model: pass the net that the influence model was fitted to."
-                    )
-        other = [name for name in here if here[name]["values"] != there[name]["values"]]
-        if other:
-            raise InvalidInputError(
-                f"{', '.join(map(repr, other[:8]))} of the model {'has' if len(other) == 1 else 'have'} other "
-                "values than in the saved model, whose curvature is that of another net: load its state_dict "
-                "first, or fit again."
-            )
-
-    @staticmethod
-    def _check_data(problem: Problem, fingerprint: Fingerprint) -> None:
-        if problem.fingerprint.agrees(fingerprint):
+    def _check_data(self, problem: Problem) -> None:
+        if problem.fingerprint.agrees(self.fingerprint):
             return
-        there = f"{fingerprint.size} samples"
-        here = f"{problem.size}" if problem.size != fingerprint.size else "as many, but other ones,"
+        size = self.fingerprint.size
+        here = f"{problem.size}" if problem.size != size else "as many, but other ones,"
         raise InvalidInputError(
-            f"The model was fitted to {there}, and the training data has {here} here: pass the same data, in "
-            "whatever order, or fit again."
+            f"The model was fitted to {size} samples, and the training data has {here} here: pass the same "
+            "data, in whatever order, or fit again."
         )
 
-    def fitted(self, problem: Problem, composed: TorchInfluenceFunctionModel) -> Fitted:
-        """What the fit left behind, of the tensors in the folder."""
-        names = Blocks.resolve(composed.blocks, problem.parameters)
-        saved = {block["name"]: (index, block) for index, block in enumerate(self.body["blocks"])}
-        parts = {name: problem.parameters.subset(members) for name, members in names.items()}
-        operators = {name: composed.source.operator(problem, part) for name, part in parts.items()}
-        blocks, scales = {}, {}
+    def _check_loss(self, problem: Problem) -> None:
+        found = probe(problem, self.example)
+        # Rounding differs between machines; another loss differs in the first digits.
+        tolerance = torch.finfo(problem.parameters.dtype).eps ** 0.5
+        for what, values in self.probe.items():
+            scale = max(map(abs, values))
+            if any(abs(a - b) > tolerance * scale for a, b in zip(found[what], values, strict=True)):
+                raise InvalidInputError(
+                    f"The {what} of two samples are {found[what]} with this loss and were {values} at the fit: "
+                    "pass the loss that the model was fitted with."
+                )
+
+
+def _fitted(
+    path: Path, body: Mapping[str, Any], problem: Problem, composed: TorchInfluenceFunctionModel
+) -> Fitted:
+    """What the fit left behind, of the tensors in the folder."""
+    names = Blocks.resolve(composed.blocks, problem.parameters)
+    parts = {name: problem.parameters.subset(members) for name, members in names.items()}
+    operators = {name: composed.source.operator(problem, part) for name, part in parts.items()}
+    solver = composed.solver
+    blocks, scales = {}, {}
+    with _understood(path):
+        saved = {block["name"]: (f"block{index}", block) for index, block in enumerate(body["blocks"])}
         for name, operator in operators.items():
-            index, there = saved[name]
-            solver: Solver = composed.solver
             require_capabilities(type(solver).__name__, operator, getattr(solver, "requires", ()))
-            entry = self.body["parts"][f"block{index}"]
-            state = SavedState(files.tensors(self.path, entry, operator.device), there["values"])
+            part, there = saved[name]
+            state = SavedState(files.tensors(path, body["parts"][part], operator.device), there["values"])
             strength = float(there["regularization"])
             inverse = restored(solver, operator, strength, state)
             place = problem.parameters.indices_of(parts[name])
             blocks[name] = FittedBlock.of(name, place, operator, solver, inverse, strength)
             scales[name] = BlockScale(name, operator, there["mean_eigenvalue"])
-        return Fitted(problem, blocks, model_state(problem.model), scales, _preflight(self.body["preflight"]))
-
-
-def _check_loss(problem: Problem, here: Mapping[str, list[float]], there: Mapping[str, list[float]]) -> None:
-    # Rounding differs between machines; another loss differs in the first digits.
-    tolerance = torch.finfo(problem.parameters.dtype).eps ** 0.5
-    for what, values in there.items():
-        scale = max(map(abs, values))
-        if any(abs(a - b) > tolerance * scale for a, b in zip(here[what], values, strict=True)):
-            raise InvalidInputError(
-                f"The {what} of two samples are {here[what]} with this loss and were {values} at the fit: "
-                "pass the loss that the model was fitted with."
-            )
+        preflight = _preflight(body["preflight"])
+    return Fitted(problem, blocks, model_state(problem.model), scales, preflight)
 
 
 def _preflight(saved: Mapping[str, Any]) -> Preflight:

@@ -205,7 +205,7 @@ def restored_equals_saved(subject: SolverSubject) -> Iterator[str]:
         yield "of the inverse's state() and the solver's restore(operator, λ, state) only one is there"
     if not isinstance(inverse, Persistent) or not isinstance(subject.solver, Restoring):
         return
-    forms = {"": inverse}
+    forms: dict[str, InverseOperator] = {"": inverse}
     if isinstance(inverse, Preconditioning) and getattr(subject.solver, "fixed", False):
         forms["as a preconditioner"] = inverse.preconditioner()
     columns = system.columns(3)
@@ -218,7 +218,7 @@ def restored_equals_saved(subject: SolverSubject) -> Iterator[str]:
         tensors = {name: tensor.detach().clone() for name, tensor in state.tensors.items()}
         saved = SavedState(tensors, json.loads(json.dumps(dict(state.values), allow_nan=False)))
         again = subject.solver.restore(system.operator, system.regularization, saved)
-        pairs = {"": (form, again)}
+        pairs: dict[str, tuple[InverseOperator, InverseOperator]] = {"": (form, again)}
         if isinstance(form, Reregularizable) and isinstance(again, Reregularizable):
             other = 3 * system.regularization
             pairs["at another λ"] = (form.with_regularization(other), again.with_regularization(other))
