@@ -110,13 +110,14 @@ class ChainLinearization(Linearization):
             bends: list[Tensor | None] = [None] * len(slopes)
             if gradient_terms:
                 loss = problem.objective.mean_loss(tape.outputs, batch)
-                deltas = [delta.detach() for delta in gradients_of(loss, shifts)]
+                found = [delta.detach() for delta in gradients_of(loss, shifts)]
                 bends = [
                     gradients_of(slope, [shift], delta @ weight)[0].detach()
                     for slope, shift, delta, weight in zip(
-                        slopes, shifts[:-1], deltas[1:], weights[1:], strict=True
+                        slopes, shifts[:-1], found[1:], weights[1:], strict=True
                     )
                 ]
+                deltas = found
         indices = {name: index for index, name in enumerate(parameters.names)}
         links = [
             Link(
