@@ -46,6 +46,7 @@ from influence_framework.operators import (
     Operator,
 )
 from influence_framework.parameters import Blocks, ParameterSpace
+from influence_framework.persistence.restoring import load
 from influence_framework.preflight import BlockPreflight, Preflight
 from influence_framework.problem import Problem
 from influence_framework.protocols import (
@@ -61,8 +62,11 @@ from influence_framework.protocols import (
     LayerStatistics,
     LinearOperator,
     Minibatches,
+    Persistent,
     Preconditioning,
     Reregularizable,
+    Restoring,
+    SavedState,
     Solution,
     Solver,
     StopReason,
@@ -111,6 +115,7 @@ __all__ = [
     "OutOfMemoryError",
     "Output",
     "ParameterSpace",
+    "Persistent",
     "PluginConflictError",
     "PluginError",
     "Preconditioning",
@@ -121,6 +126,8 @@ __all__ = [
     "Registry",
     "RelativeRegularization",
     "Reregularizable",
+    "Restoring",
+    "SavedState",
     "Scored",
     "SingularOperatorError",
     "Solution",
@@ -142,6 +149,7 @@ __all__ = [
     "from_scipy",
     "hessian_sources",
     "hookimpl",
+    "load",
     "register_layer",
     "solvers",
     "to_scipy",

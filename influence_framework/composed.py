@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Self
@@ -16,6 +17,7 @@ from influence_framework.fitted import Fitted
 from influence_framework.memory import advises_on_memory
 from influence_framework.objective import Loss, Objective
 from influence_framework.parameters import Blocks
+from influence_framework.persistence.saving import save
 from influence_framework.preflight import Preflight
 from influence_framework.problem import DEFAULT_MEMORY_BUDGET, Problem
 from influence_framework.processes import Processes
@@ -147,6 +149,36 @@ class ComposedModel:
             with self._fit.problem.together():
                 other._fit = self._fit.with_regularization(strengths)
         return other
+
+    def save(self, folder: str | os.PathLike[str], *, registry: Registry = default_registry) -> None:
+        """Write what was fitted to a folder of safetensors and JSON, for ``influence_framework.load`` to read.
+
+        The folder holds the composition by names and options, λ, the inverse of every block, what is needed to
+        tell the net and the data again, and two training samples, on which the loss is told again. It holds
+        neither the net's parameters nor code. A model saved there before is replaced at once: at every moment
+        the folder holds one of the two, also if this process is killed.
+
+        Args:
+            folder: Made where it does not exist; else it must be empty, or hold a saved model.
+            registry: Where the solver and the source have the names by which they will be looked up.
+
+        Raises:
+            NotFittedError: Before ``fit``.
+            InvalidInputError: The net has changed since the fit; the folder holds something else; an option
+                or method that cannot be written down.
+            MissingCapabilityError: The solver does not take part: see :class:`Persistent`.
+            ModuleNotFoundError: safetensors is not installed.
+        """
+        options = {
+            "solver": self.solver,
+            "source": self.source,
+            "blocks": self.blocks,
+            "hessian_regularization": self.hessian_regularization,
+            "memory_budget": self.memory_budget,
+            "on_failure": self.on_failure,
+            "preflight": self._probe,
+        }
+        save(self.fitted, options, folder, registry)
 
     @advises_on_memory(points=False)
     def to(self, device: torch.device | str) -> Self:

@@ -160,6 +160,12 @@ class Fingerprint:
             precision,
         )
 
+    @classmethod
+    def of_json(cls, values: Mapping[str, Any]) -> Self:
+        """What ``dataclasses.asdict`` made of one, back from JSON."""
+        pairs = {name: tuple(values[name]) for name in ("sums", "scales")}
+        return cls(values["size"], **pairs, precision=values["precision"])
+
     def __add__(self, other: Fingerprint) -> Fingerprint:
         return Fingerprint(
             self.size + other.size,

@@ -10,7 +10,7 @@ Nothing here imports a concrete class, so a plugin may implement any of these by
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, runtime_checkable
 
@@ -229,6 +229,61 @@ class Preconditioning(Protocol):
     """Capability of an inverse: another form of it, which is the better preconditioner."""
 
     def preconditioner(self) -> InverseOperator: ...
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """What an inverse is made of beside its operator, its λ and its solver's options.
+
+    Attributes:
+        tensors: By name. Their values, strides and device's order of dimensions come back as they were.
+        values: What JSON holds: strings, finite numbers, booleans, ``None``, and lists and mappings of these.
+    """
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+    def under(self, name: str) -> SavedState:
+        """The same as a part, called ``name``, of what a larger inverse is made of."""
+        return SavedState({f"{name}.{key}": t for key, t in self.tensors.items()}, {name: dict(self.values)})
+
+    def __or__(self, other: SavedState) -> SavedState:
+        return SavedState({**self.tensors, **other.tensors}, {**self.values, **other.values})
+
+    def part(self, name: str) -> SavedState | None:
+        """What :meth:`under` made a part of this; ``None`` where there is no part of that name."""
+        if name not in self.values:
+            return None
+        prefix = f"{name}."
+        tensors = {k.removeprefix(prefix): t for k, t in self.tensors.items() if k.startswith(prefix)}
+        return SavedState(tensors, self.values[name])
+
+
+@runtime_checkable
+class Persistent(Protocol):
+    """Capability of an inverse: it can be written to disk, where its solver offers :class:`Restoring`.
+
+    Optional attribute: ``multiplies``, ``True`` where every solve multiplies with the operator, so that a model
+    that is loaded needs its training data again. Left out it is ``False``.
+    """
+
+    def state(self) -> SavedState:
+        """What :meth:`Restoring.restore` makes the same inverse of; tensors are not copied."""
+        ...
+
+
+@runtime_checkable
+class Restoring(Protocol):
+    """Capability of a solver: make an inverse again of what was written to disk, without fitting."""
+
+    def restore(self, operator: LinearOperator, regularization: float, state: SavedState) -> InverseOperator:
+        """The inverse that ``state`` was taken of, equal to the last bit.
+
+        The solver has the options it was fitted with, ``operator`` is the same curvature, and tensors are on
+        its device. Of a model that was loaded without its data, ``operator`` has no products. An inverse that
+        offers :class:`Preconditioning` is restored in either form.
+        """
+        ...
 
 
 @runtime_checkable

@@ -161,6 +161,11 @@ class Registry:
             raise UnknownMethodError(self._unknown(kind, name))
         return methods[0]
 
+    def method_of(self, kind: Kind, cls: type[Any]) -> Method | None:
+        """The method whose class is ``cls``, under the first of the names that can be looked up."""
+        claims = (self._catalogue.methods[kind][name][0] for name in self.names(kind))
+        return next((method for method in claims if method.cls is cls), None)
+
     def _unknown(self, kind: Kind, name: object) -> str:
         known = self.names(kind)
         label = KINDS[kind][2]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from influence_framework.inverses import Inverse, make_solution, relative_residuals
 from influence_framework.operators import dense_by_columns
-from influence_framework.protocols import LinearOperator, Solution, StopReason
+from influence_framework.protocols import LinearOperator, SavedState, Solution, StopReason
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +67,14 @@ class Exact:
 
     def fit(self, operator: LinearOperator, regularization: float) -> ExactInverse:
         return self.inverse(operator, regularization, dense_by_columns(operator))
+
+
+@dataclass(frozen=True)
+class Kept(Exact):
+    """A correct solver whose inverse can be saved; a faulty one makes another kind of inverse."""
+
+    def restore(self, operator: LinearOperator, regularization: float, state: SavedState) -> ExactInverse:
+        return self.inverse(operator, regularization, state.tensors["matrix"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -326,6 +334,34 @@ class CallsNanSolvedInverse(ExactInverse):
         wrong = columns.isnan().any(0)
         reason = [StopReason.CONVERGED if bad else why for bad, why in zip(wrong, solution.reason, strict=True)]
         return replace(solution, converged=solution.converged | wrong, reason=tuple(reason))
+
+
+# Faults of what is written to disk.
+
+
+class KeptInverse(ExactInverse):
+    def state(self) -> SavedState:
+        return SavedState({"matrix": self.matrix})
+
+
+class RoundsWhatItSavesInverse(KeptInverse):
+    def state(self) -> SavedState:
+        return SavedState({"matrix": self.matrix.float().double()})
+
+
+class FrozenInverse(KeptInverse):
+    """Keeps its λ when it is asked for another one."""
+
+    def with_regularization(self, regularization: float) -> Self:
+        return self
+
+
+@dataclass(frozen=True)
+class RestoresAtOneLambda(Kept):
+    inverse: type[ExactInverse] = KeptInverse
+
+    def restore(self, operator: LinearOperator, regularization: float, state: SavedState) -> ExactInverse:
+        return FrozenInverse(operator, regularization, state.tensors["matrix"])
 
 
 # Faults in how a solver is used.

@@ -72,12 +72,9 @@ class Place:
         if path is None:
             return None
         self.folder = Path(path)
-        store = None
+        store = Store(path, manifest) if self.leads else None
         if self.processes is None:
-            return Store(path, manifest)
-        parts = self.processes.gather(manifest["fitted to"], "what the model was fitted to")
-        if self.leads:
-            store = Store(path, {**manifest, "fitted to": parts if len(set(parts)) > 1 else parts[0]})
+            return store
         self.processes.gather(None, "the store")
         if not self.folder.is_dir():
             raise InvalidInputError(
@@ -103,4 +100,4 @@ class Place:
         self.processes.gather(None, "the end of the store")
         if not isinstance(scored.collected, Forgetting):
             return scored
-        return replace(scored, collected=Store.written(self.folder))
+        return replace(scored, collected=Store.written(self.folder, scored.output))

@@ -93,6 +93,20 @@ class SelfScores:
 
 
 @dataclass(frozen=True)
+class FactorRows:
+    """``(C + λI)⁻¹ ∇ℓ(z)`` of every training point, one column each."""
+
+    fitted: Fitted
+
+    def __call__(self, block: Block) -> Computed:
+        log = SolveLog()
+        found = [
+            self.fitted.assemble(self.fitted.factors(batch, log)) for batch in _checked(self.fitted, block)
+        ]
+        return Computed(torch.cat(found).T, log.report())
+
+
+@dataclass(frozen=True)
 class FactorNorms:
     """``‖(C + λI)⁻¹ ∇ℓ(z)‖`` of every training point, as one row."""
 

@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 
 from influence_framework.attribution.blocks import Identifiers
-from influence_framework.attribution.outputs import Array
+from influence_framework.attribution.outputs import Array, resolve_output
 from influence_framework.attribution.store import IDENTIFIERS, MANIFEST, SCORES, TABLE, Store
 from influence_framework.errors import InvalidInputError
 
@@ -59,7 +59,7 @@ class Stored:
                 manifest=manifest,
                 test_ids=ids["test"],
                 train_ids=ids["train"],
-                matrix=Store.written(folder).scores if whole else None,
+                matrix=Store.written(folder, resolve_output(manifest["output"])).scores if whole else None,
                 columns={} if whole else _arrays(folder / f"{TABLE}.npz"),
             )
         except (OSError, ValueError, KeyError) as error:

@@ -13,9 +13,10 @@ import torch
 from tqdm import tqdm
 
 from influence_framework.attribution.blocks import Block, blocks
-from influence_framework.attribution.fingerprints import Digest, Survey, fingerprint
+from influence_framework.attribution.fingerprints import Survey
 from influence_framework.attribution.outputs import (
     Collector,
+    Factors,
     Matrix,
     Output,
     Scored,
@@ -25,6 +26,7 @@ from influence_framework.attribution.places import Forgetting, Place
 from influence_framework.attribution.queries import (
     Computed,
     FactorNorms,
+    FactorRows,
     Job,
     Preparation,
     SelfScores,
@@ -32,6 +34,7 @@ from influence_framework.attribution.queries import (
 )
 from influence_framework.attribution.store import FORMAT, Store
 from influence_framework.errors import InvalidInputError
+from influence_framework.fingerprints import fingerprint
 from influence_framework.fitted import Fitted
 from influence_framework.influence import TorchInfluenceFunctionModel
 from influence_framework.protocols import Executor, Fitting, Solver
@@ -40,10 +43,6 @@ from influence_framework.reports import SolveReport
 from influence_framework.solving import SolveLog
 from influence_framework.specs import Spec, resolve
 
-UNITS = (
-    "∇ℓ(test)ᵀ (C + λI)⁻¹ ∇ℓ(train), C the curvature of the mean training loss: removing a training point "
-    "from n changes the loss of the test point by about +score/n"
-)
 LARGEST = 1024
 """Training points a block at most: larger ones gain nothing."""
 
@@ -71,8 +70,8 @@ def attribute(
         test: Re-iterable of batches ``(x, y)`` or ``(x, y, identifiers)`` of the test points; ``None`` where
             the output needs none.
         train: The same of the training points.
-        output: What to keep: ``"matrix"``, ``"top_k"``, ``"mean"``, ``"self_influence"``, a mapping with
-            ``name`` and options (``{"name": "top_k", "k": 20, "normalize": "l_relatif"}``), or an
+        output: What to keep: ``"matrix"``, ``"top_k"``, ``"mean"``, ``"self_influence"``, ``"factors"``, a
+            mapping with ``name`` and options (``{"name": "top_k", "k": 20, "normalize": "l_relatif"}``), or an
             :class:`Output`.
         executor: Where test points are solved for and blocks are computed: ``"sequential"``, one after the
             other in this process; the name of another one that is installed (``list(inf.executors)``), a
@@ -121,12 +120,13 @@ class _Run:
     @property
     def shape(self) -> tuple[int, int]:
         test = self.surveys.get("test points")
-        return (1 if test is None else len(test.ids), len(self.surveys["training points"].ids))
+        alone = self.fitted.problem.parameters.numel if isinstance(self.output, Factors) else 1
+        return (alone if test is None else len(test.ids), len(self.surveys["training points"].ids))
 
     @property
     def chunks(self) -> tuple[int, int]:
         """Test and training points of a block: half of the budget for the ones, a quarter for the scores."""
-        rows = min(self.shape[0], points_at_once(self.fitted)) if self.output.pairs else 1
+        rows = min(self.shape[0], points_at_once(self.fitted)) if self.output.pairs else self.shape[0]
         room = self.fitted.problem.memory_budget // (4 * 8 * rows)
         return rows, max(1, min(self.shape[1], LARGEST, room))
 
@@ -136,9 +136,6 @@ class _Run:
 
     def manifest(self) -> dict[str, Any]:
         """What the scores are of."""
-        fit = Digest()
-        for batch, _ in self.fitted.problem.batches():
-            fit.update(batch)
         return {
             "format": FORMAT,
             "output": {"name": self.output.name, **asdict(self.output)},
@@ -146,11 +143,12 @@ class _Run:
             "source": repr(self.model.source),
             "blocks": {name: block.regularization for name, block in self.fitted.blocks.items()},
             "model": fingerprint(self.fitted.state),
-            "fitted to": fit.hexdigest(),
+            "fitted to": asdict(self.fitted.problem.fingerprint),
             **{what: {"count": len(s.ids), "fingerprint": s.digest} for what, s in self.surveys.items()},
+            "shape": list(self.shape),
             "chunks": list(self.chunks),
             "dtype": str(self.dtype),
-            "units": UNITS,
+            "units": self.output.units,
         }
 
     def into(
@@ -169,17 +167,17 @@ class _Run:
         total = self.shape[0] * self.shape[1]
         quiet = not (progress and self.place.leads)
         with tqdm(total=total, desc="Scores", unit="score", unit_scale=True, disable=quiet) as bar:
-            for start, stop in self._groups():
-                rows = slice(start, stop)
-                wanted = [c for c in range(0, self.shape[1], self.chunks[1]) if (start, c) not in done]
-                bar.update((stop - start) * (self.shape[1] - self._width(wanted)))
+            for rows, points in self._groups(test):
+                count = rows.stop - rows.start
+                wanted = [c for c in range(0, self.shape[1], self.chunks[1]) if (rows.start, c) not in done]
+                bar.update(count * (self.shape[1] - self._width(wanted)))
                 if not wanted:
                     continue
-                job = self._job(test, start, log)
+                job = self._job(points, log)
                 for block, computed in self.executor.run(job, self._blocks(train, set(wanted))):
                     collector.add(rows, block.columns, computed.values.cpu().numpy())
                     log.absorb(computed.report)
-                    bar.update((stop - start) * len(block))
+                    bar.update(count * len(block))
                     if store is not None:
                         store.finished(rows, block.columns, collector)
         ids = {what: survey.ids for what, survey in self.surveys.items()}
@@ -189,15 +187,28 @@ class _Run:
         return self.place.concluded(scored)
 
     def _collector(self, store: Store | None) -> Collector:
-        if isinstance(self.output, Matrix) and store is not None:
-            return store.matrix(self.shape, self.chunks, self.dtype)
-        if isinstance(self.output, Matrix) and self.place.folder is not None:
-            return Forgetting()
+        if isinstance(self.output, Matrix | Factors):
+            if store is not None:
+                return store.matrix(self.output, self.shape, self.chunks, self.dtype)
+            if self.place.folder is not None:
+                return Forgetting()
         return self.output.collector(*self.shape, self.dtype)
 
-    def _groups(self) -> Iterator[tuple[int, int]]:
-        for start in range(0, self.shape[0], self.chunks[0]):
-            yield start, min(self.shape[0], start + self.chunks[0])
+    def _groups(self, test: Iterable[Any] | None) -> Iterator[tuple[slice, Block | None]]:
+        """The rows of each group with its test points, in one pass over them."""
+        if test is None:
+            yield slice(0, self.shape[0]), None
+            return
+        read = 0
+        for block in blocks(test, self.chunks[0]):
+            self.surveys["test points"].check(block.start, block.ids, "test points")
+            read += len(block)
+            yield block.columns, block
+        if read != self.shape[0]:
+            raise InvalidInputError(
+                f"The loader of the test points yielded {self.shape[0]} points when first read and {read} "
+                "now: it must yield the same ones in every pass."
+            )
 
     def _width(self, starts: list[int]) -> int:
         return sum(min(self.chunks[1], self.shape[1] - start) for start in starts)
@@ -208,20 +219,12 @@ class _Run:
             if block.start in wanted:
                 yield block
 
-    def _job(self, test: Iterable[Any] | None, start: int, log: SolveLog) -> Job:
-        """The job of the test points from ``start`` on."""
-        if test is None:
-            return SelfScores(self.fitted)
-        for block in blocks(test, self.chunks[0]):
-            self.surveys["test points"].check(block.start, block.ids, "test points")
-            if block.start == start:
-                job = self._prepared(block, log)
-                return (
-                    job if self.output.normalize is None else Relative(job, self.fitted, self.output.normalize)
-                )
-        raise InvalidInputError(
-            "The loader of the test points yields fewer points than when it was first read."
-        )
+    def _job(self, points: Block | None, log: SolveLog) -> Job:
+        """The job of a group of test points, or of none."""
+        if points is None:
+            return FactorRows(self.fitted) if isinstance(self.output, Factors) else SelfScores(self.fitted)
+        job = self._prepared(points, log)
+        return job if self.output.normalize is None else Relative(job, self.fitted, self.output.normalize)
 
     def _prepared(self, block: Block, log: SolveLog) -> Job:
         preparation = Preparation(self.fitted)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence_framework.data import Batch
-from influence_framework.derivatives import PushForward, gradients_of, pull_back
+from influence_framework.derivatives import gradients_of, pull_back
 from influence_framework.errors import InvalidInputError
 from influence_framework.gradients import sample_chunks, sample_jacobians
 from influence_framework.layers import Layer, LayerBatch, Samples, Tape, fisher_rows
@@ -20,46 +20,15 @@ from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
 from influence_framework.protocols import LinearOperator
 from influence_framework.sources.layered import LayerCurvature, jacobians
-from influence_framework.sources.streaming import Linearization, StreamingOperator
+from influence_framework.sources.linearization import Product, sandwich
+from influence_framework.sources.streaming import StreamingOperator
 
 
-class SandwichLinearization(Linearization):
-    """``v ↦ Jᵀ H (J v)`` with ``J`` the Jacobian of a batch-wise function of the parameters."""
-
-    outputs: Tensor
-    forward: PushForward
-
-    def _record(self, outputs: Tensor) -> None:
-        self.outputs = outputs
-        self.forward = PushForward(outputs, self.leaves)
-
-    @abstractmethod
-    def _middle(self, tangents: Tensor) -> Tensor | None:
-        """``H`` applied to ``k`` stacked output tangents; ``None`` where ``H`` is zero."""
-
-    def apply(self, rows: Float[Tensor, "k P"]) -> Float[Tensor, "k P"]:
-        tangents = self.forward(self.parameters.unflatten_rows(rows))
-        middle = None if tangents is None else self._middle(tangents)
-        if middle is None:
-            return torch.zeros_like(rows)
-        products = pull_back([self.outputs], self.leaves, [middle])
-        return self.parameters.gather_rows(products, rows)
-
-
-class GaussNewtonLinearization(SandwichLinearization):
-    """``J`` of the model's outputs, ``H`` the Hessian of the mean loss with respect to them."""
-
-    output_leaf: Tensor
-    output_gradient: Tensor
-
-    def _build(self, problem: Problem, leaves: dict[str, Tensor], batch: Batch) -> None:
-        self._record(problem.outputs(leaves, batch))
-        self.output_leaf = self.outputs.detach().requires_grad_()
-        loss = problem.objective.mean_loss(self.output_leaf, batch)
-        (self.output_gradient,) = gradients_of(loss, [self.output_leaf])
-
-    def _middle(self, tangents: Tensor) -> Tensor | None:
-        return pull_back([self.output_gradient], [self.output_leaf], [tangents])[0]
+def gauss_newton_product(problem: Problem, outputs: Tensor, leaves: Sequence[Tensor], batch: Batch) -> Product:
+    """``Jᵀ H J`` with ``J`` of the model's outputs, ``H`` the Hessian of the mean loss with respect to them."""
+    leaf = outputs.detach().requires_grad_()
+    (gradient,) = gradients_of(problem.objective.mean_loss(leaf, batch), [leaf])
+    return sandwich(outputs, leaves, lambda tangents: pull_back([gradient], [leaf], [tangents])[0])
 
 
 def gauss_newton_at_layers(problem: Problem, tape: Tape, batch: Batch) -> LayerCurvature:
@@ -171,8 +140,8 @@ class GaussNewton:
         return GaussNewtonOperator(
             problem,
             parameters,
-            GaussNewtonLinearization,
+            gauss_newton_product,
             gauss_newton_at_layers,
             fisher_rows,
-            self.precompute_grad,
+            keep_graphs=self.precompute_grad,
         )

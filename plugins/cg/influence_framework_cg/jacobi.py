@@ -11,7 +11,7 @@ from torch import Tensor
 
 from influence_framework.errors import InvalidInputError, NonFiniteError
 from influence_framework.inverses import Inverse, approximation
-from influence_framework.protocols import Diagonal, LinearOperator, Solution
+from influence_framework.protocols import Diagonal, LinearOperator, SavedState, Solution
 
 PROBES_A_PRODUCT = 32
 
@@ -58,6 +58,10 @@ class JacobiSolver:
             raise NonFiniteError("The diagonal of the curvature contains NaN or infinity.")
         return _invert(operator, magnitude, regularization)
 
+    def restore(self, operator: LinearOperator, regularization: float, state: SavedState) -> JacobiInverse:
+        """The diagonal as it was."""
+        return JacobiInverse(operator, regularization, state.tensors["magnitude"])
+
     def _estimate(self, operator: LinearOperator) -> tuple[Float[Tensor, " P"], Float[Tensor, " P"]]:
         """Mean of ``z ∘ C z`` over the probes, and its standard error."""
         size = operator.shape[0]
@@ -101,6 +105,10 @@ class JacobiInverse(Inverse):
     def with_regularization(self, regularization: float) -> JacobiInverse:
         """Another λ over the same diagonal."""
         return _invert(self.base, self.magnitude, regularization)
+
+    def state(self) -> SavedState:
+        """The diagonal."""
+        return SavedState({"magnitude": self.magnitude})
 
 
 def _invert(base: LinearOperator, magnitude: Tensor, regularization: float) -> JacobiInverse:

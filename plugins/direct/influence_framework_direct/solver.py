@@ -18,7 +18,7 @@ from influence_framework.errors import (
 )
 from influence_framework.inverses import Inverse, make_solution, relative_residuals
 from influence_framework.operators import DenseOperator, to_dense
-from influence_framework.protocols import LinearOperator, Solution, StopReason
+from influence_framework.protocols import LinearOperator, SavedState, Solution, StopReason
 from influence_framework_direct.factorization import Factorization, condition_estimate, factorize
 
 
@@ -68,6 +68,14 @@ class DirectSolver:
         matrix = matrix.add_(matrix.mT.clone()).mul_(0.5)
         return _invert(DenseOperator(matrix), regularization)
 
+    def restore(self, operator: LinearOperator, regularization: float, state: SavedState) -> DirectInverse:
+        """The matrix and its factors as they were."""
+        tensors = state.tensors
+        factorization = Factorization(tensors["factors"], tensors.get("pivots"))
+        return DirectInverse(
+            DenseOperator(tensors["matrix"]), regularization, factorization, state.values["condition"]
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class DirectInverse(Inverse):
@@ -96,6 +104,13 @@ class DirectInverse(Inverse):
     def with_regularization(self, regularization: float) -> DirectInverse:
         """Another λ from the formed matrix: one factorisation, no product with the curvature."""
         return _invert(self.base, regularization)
+
+    def state(self) -> SavedState:
+        """The matrix and its factors."""
+        tensors = {"matrix": self.base.matrix, "factors": self.factorization.factors}
+        if self.factorization.pivots is not None:
+            tensors["pivots"] = self.factorization.pivots
+        return SavedState(tensors, {"condition": self.condition})
 
 
 def _invert(base: DenseOperator, regularization: float) -> DirectInverse:

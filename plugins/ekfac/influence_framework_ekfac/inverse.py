@@ -12,7 +12,7 @@ from torch import Tensor
 
 from influence_framework.inverses import Inverse, approximation
 from influence_framework.layers import LayerBatch
-from influence_framework.protocols import LinearOperator, Solution
+from influence_framework.protocols import LinearOperator, SavedState, Solution
 from influence_framework_ekfac.filters import Filter, make_filter
 from influence_framework_ekfac.scores import Sides, Unrotated, join_sides, own_scores, pair_scores, side_of
 from influence_framework_ekfac.statistics import Eigenbasis
@@ -110,6 +110,15 @@ class EkfacInverse(Inverse):
     def preconditioner(self) -> Self:
         """The positive definite form."""
         return replace(self, definite=True, _filters={})
+
+    def state(self) -> SavedState:
+        """Bases and eigenvalues of the layers, in order, and the diagonal of the rest."""
+        tensors = {"rest": self.rest[1]}
+        for index, layer in enumerate(self.layers.values()):
+            tensors |= {f"{index}.outputs": layer.basis.outputs, f"{index}.values": layer.basis.values}
+            if layer.basis.inputs is not None:
+                tensors[f"{index}.inputs"] = layer.basis.inputs
+        return SavedState(tensors, {"layers": list(self.layers), "definite": self.definite})
 
     def side(self, layers: Mapping[str, LayerBatch], size: int) -> Sides:
         """What scores need of some samples: inputs and output gradients in the eigenbases."""

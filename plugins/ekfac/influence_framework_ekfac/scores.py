@@ -27,6 +27,9 @@ from influence_framework.layers import LayerBatch, contract_positions
 from influence_framework_ekfac.filters import Filter, Staircase, Step
 from influence_framework_ekfac.statistics import Eigenbasis
 
+FORMED, TURNED = 24, 64
+"""What it costs, in multiplications, to write an entry of a gradient; of a pair and to read it again."""
+
 
 @dataclass(frozen=True, eq=False)
 class Positions:
@@ -202,8 +205,9 @@ def pair_scores(test: Side, train: Side, spectral: Filter, budget: int) -> Float
         if test.one_hot:
             orders.append((pairs * together * outputs, partial(_by_indices, test, train, spectral, budget)))
         else:
-            # On a par with gradients for one position, where it saves writing and reading them.
-            streamed = pairs * train.count * size + _forming(test, size)
+            # As many flops as gradients for one position; what is written and read differs.
+            turned = len(spectral.dense) * columns * TURNED
+            streamed = pairs * train.count * (size + turned) + _forming(test, size)
             orders.append((streamed, partial(_by_positions, test, train, spectral, budget)))
             if spectral.stairs is not None:
                 constant = together * len(spectral.dense) * (outputs + columns)
@@ -217,7 +221,7 @@ def pair_scores(test: Side, train: Side, spectral: Filter, budget: int) -> Float
 
 
 def _forming(side: Side, size: int) -> int:
-    return side.size * side.count * size if isinstance(side, Positions) else 0
+    return side.size * (side.count + FORMED) * size if isinstance(side, Positions) else 0
 
 
 def _dtype(side: Side) -> torch.dtype:

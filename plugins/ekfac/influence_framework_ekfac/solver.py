@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from influence_framework.errors import InvalidInputError, MissingCapabilityError
 from influence_framework.layers import Cover, Layer, LayerBatch, Samples
-from influence_framework.protocols import Diagonal, LayerStatistics, LinearOperator
+from influence_framework.protocols import Diagonal, LayerStatistics, LinearOperator, SavedState
 from influence_framework_ekfac.inverse import EkfacInverse, EkfacLayer
 from influence_framework_ekfac.statistics import (
     Covariances,
@@ -107,6 +107,35 @@ class KroneckerSolver:
             )
         return found
 
+    def restore(self, operator: LinearOperator, regularization: float, state: SavedState) -> EkfacInverse:
+        """Bases and eigenvalues as they were.
+
+        Raises:
+            InvalidInputError: The layers in matrix form are not those of the fit.
+        """
+        tensors, names = state.tensors, state.values["layers"]
+        places = {layer.name: layer.form.places for layer in self._cover(operator).layers}
+        shapes = [tuple(tensors[f"{index}.values"].shape) for index in range(len(names))]
+        if {name: tuple(at.shape) for name, at in places.items()} != dict(zip(names, shapes, strict=True)):
+            raise InvalidInputError(
+                f"The layers in matrix form are {list(places)} here and were {names} at the fit: register the "
+                "same forms of layers (register_layer), or fit again."
+            )
+        bases = [
+            Eigenbasis(tensors[f"{i}.outputs"], tensors.get(f"{i}.inputs"), tensors[f"{i}.values"])
+            for i in range(len(names))
+        ]
+        fitted = {name: EkfacLayer(places[name], basis) for name, basis in zip(names, bases, strict=True)}
+        return EkfacInverse(
+            operator,
+            regularization,
+            fitted,
+            (self._free(operator, fitted), tensors["rest"]),
+            self.score_rtol,
+            self.memory_budget,
+            state.values["definite"],
+        )
+
     def _cover(self, operator: LinearOperator) -> Cover:
         if not isinstance(operator, LayerStatistics):
             raise MissingCapabilityError(
@@ -173,10 +202,7 @@ class KroneckerSolver:
         self, operator: LinearOperator, layers: Mapping[str, EkfacLayer]
     ) -> tuple[Int[Tensor, " r"], Float[Tensor, " r"]]:
         """Positions of parameters in no layer, and the curvature they are given."""
-        free = torch.ones(operator.shape[0], dtype=torch.bool, device=operator.device)
-        for layer in layers.values():
-            free[layer.places.flatten()] = False
-        index = torch.nonzero(free)[:, 0]
+        index = self._free(operator, layers)
         if not len(index) or self.uncovered == "identity":
             return index, torch.zeros(len(index), dtype=operator.dtype, device=operator.device)
         if not isinstance(operator, Diagonal):
@@ -186,6 +212,13 @@ class KroneckerSolver:
                 "'empirical_fisher', or uncovered='identity'."
             )
         return index, operator.diagonal()[index]
+
+    @staticmethod
+    def _free(operator: LinearOperator, layers: Mapping[str, EkfacLayer]) -> Int[Tensor, " r"]:
+        free = torch.ones(operator.shape[0], dtype=torch.bool, device=operator.device)
+        for layer in layers.values():
+            free[layer.places.flatten()] = False
+        return torch.nonzero(free)[:, 0]
 
 
 @dataclass(frozen=True)
