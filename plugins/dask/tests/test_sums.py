@@ -60,9 +60,8 @@ def assert_same_scores(ours: Any, theirs: Any) -> None:
 @pytest.mark.usefixtures("current")
 @pytest.mark.parametrize("source", ["gauss_newton", "empirical_fisher", "hessian"])
 def test_the_matrix_is_that_of_the_source_in_all_that_it_offers(source: str) -> None:
-    ours, theirs = (
-        fitted("direct", s, blocks="per_layer").fitted.blocks["3"].operator for s in (summed(source), source)
-    )
+    models = [fitted("direct", chosen, blocks="per_layer") for chosen in (summed(source), source)]
+    ours, theirs = (next(iter(model.fitted.blocks.values())).operator for model in models)
     columns = torch.randn(ours.shape[0], 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     state = random.getstate(), torch.get_rng_state()
     torch.testing.assert_close(ours @ columns, theirs @ columns)
@@ -102,21 +101,22 @@ def test_what_is_drawn_differs_from_part_to_part() -> None:
     assert (found - expected).norm() < 0.05 * expected.norm()
 
 
-def arrays() -> tuple[da.Array, da.Array]:
-    x, y = (part.numpy() for part in TRAIN)
-    return da.from_array(x, chunks=(25, 4)), da.from_array(y, chunks=25)
+def arrays(count: int = 60, chunk: int = 25) -> tuple[da.Array, da.Array]:
+    x, y = (part[:count].numpy() for part in TRAIN)
+    return da.from_array(x, chunks=(chunk, 4)), da.from_array(y, chunks=chunk)
 
 
 @pytest.mark.usefixtures("current")
 @pytest.mark.parametrize("kind", ["arrays", "loader", "in memory"])
 def test_data_beyond_the_budget_is_read_by_the_workers(kind: str) -> None:
-    x, y = arrays()
-    loader = DataLoader(TensorDataset(*TRAIN), batch_size=25)
-    data = loader if kind == "loader" else DaskBatches(x, y)
-    budget = 2**28 if kind == "in memory" else 1000
-    model = fitted(EKFAC, summed("gauss_newton"), data, memory_budget=budget)
+    few = [(TRAIN[0][:16], TRAIN[1][:16])]
+    data = DaskBatches(*arrays(16, 6))
+    loader = DataLoader(TensorDataset(*few[0]), batch_size=6)
+    # Less than the 640 bytes of the data.
+    budget = 2**28 if kind == "in memory" else 600
+    model = fitted(EKFAC, summed("gauss_newton"), loader if kind == "loader" else data, memory_budget=budget)
     assert model.fitted.problem.cached == (kind == "in memory")
-    assert_same_scores(model, fitted(EKFAC, "gauss_newton"))
+    assert_same_scores(model, fitted(EKFAC, "gauss_newton", few))
 
 
 @pytest.mark.usefixtures("current")
@@ -161,6 +161,5 @@ def test_few_samples_are_summed_here_without_a_cluster() -> None:
 def test_parts_lost_with_their_worker_are_made_again(client: Client, current: Client) -> None:
     ours, theirs = fitted(CG, summed("gauss_newton")), fitted(CG, "gauss_newton")
     assert_same_scores(ours, theirs)
-    for pid in client.run(os.getpid).values():
-        os.kill(pid, signal.SIGKILL)
+    os.kill(next(iter(client.run(os.getpid).values())), signal.SIGKILL)
     assert_same_scores(ours, theirs)
