@@ -26,16 +26,25 @@ from torch import Tensor
 import influence_framework as inf
 
 LONG = 60_000
-"""Training points of the job that is long enough, drawn from a normal distribution."""
+"""Training points of the job that is long enough, their pixels drawn between 0 and 1."""
 
-CHUNKS = (25, 500)
+LAZY = (200, 20_000)
+"""Test and training points of the lazy scores, drawn likewise."""
+
+CHUNKS = (100, 2_000)
 """Test and training points of a chunk of the lazy scores."""
+
+
+def drawn(count: int) -> tuple[Tensor, Tensor]:
+    """Points with random features and classes."""
+    generator = torch.Generator().manual_seed(count)
+    return torch.rand(count, 64, generator=generator), torch.randint(10, (count,), generator=generator)
 
 
 @contextmanager
 def cluster(workers: int) -> Iterator[Client]:
     with (
-        LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None) as local,
+        LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=":0") as local,
         Client(local) as client,
     ):
         client.wait_for_workers(workers)
@@ -46,9 +55,7 @@ def scaling(data: problems.Digits, runs: int) -> Iterator[str]:
     """One process, one worker, two workers, on one job."""
     net = problems.trained(data, [64, 128, 64, 10])
     model = inf.compose(net, problems.LOSS, solver="ekfac", hessian_regularization=1e-2).fit(data.loader(500))
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand(LONG, 64, generator=generator)
-    y = torch.randint(10, (LONG,), generator=generator)
+    x, y = drawn(LONG)
     train = list(zip(x.split(1024), y.split(1024), strict=True))
     output = {"name": "mean", "normalize": "theta_relatif"}
 
@@ -85,11 +92,13 @@ def lazily(data: problems.Digits, runs: int) -> Iterator[str]:
     ).fit(data.loader(500))
     theirs = DirectInfluence(net, problems.LOSS, regularization=strength).fit(data.loader(500))
     test, train = CHUNKS
+    queries, points = (drawn(count) for count in LAZY)
     arrays = [
         da.from_array(part.numpy(), chunks=(size, *part.shape[1:]))
-        for part, size in ((data.x_test, test), (data.y_test, test), (data.x, train), (data.y, train))
+        for side, size in ((queries, test), (points, train))
+        for part in side
     ]
-    yield f"Scores of {len(data.y_test)} × {len(data.y):,} points, in chunks of {test} × {train}, two workers:"
+    yield f"Scores of {LAZY[0]} × {LAZY[1]:,} points, in chunks of {test} × {train}, two workers:"
     yield ""
     yield HEADER.format(peer="pydvl")
     with cluster(2) as client:
@@ -100,13 +109,13 @@ def lazily(data: problems.Digits, runs: int) -> Iterator[str]:
         # pydvl's other parameters are its defaults; the mode Up is its default too.
         of: dict[str, Any] = {"ours": mine, "pydvl": peer}
         scores = {name: torch.as_tensor(one.influences(*arrays).compute()) for name, one in of.items()}
-        expected: Tensor = ours.influences(data.x_test, data.y_test, data.x, data.y)
+        expected: Tensor = ours.influences(*queries, *points)
         pairing = paired(
             lambda: mine.influences(*arrays).compute(), lambda: peer.influences(*arrays).compute(), runs
         )
     notes = [f"scores off by {relative_error(scores[name], expected):.0e}" for name in of]
     yield row("`direct`, 1,482 parameters", pairing, *notes)
-    pairs = len(data.y_test) * len(data.y)
+    pairs = LAZY[0] * LAZY[1]
     each = [statistics.median(side.values) / pairs * 1e9 for side in (pairing.ours, pairing.peer)]
     yield ""
     yield f"Time per score: {each[0]:.0f} ns and {each[1]:.0f} ns."

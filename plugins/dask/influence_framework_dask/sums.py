@@ -170,11 +170,7 @@ class Sums:
                 "This curvature is summed on the cluster, for the process that fitted the model: solve there, "
                 "by the model's own methods or by inf.attribute."
             )
-        # Dask names and places tasks by the global random state.
-        with (
-            random_state_kept(),
-            dask.config.set({"distributed.admin.large-graph-warning-threshold": "1TiB"}),
-        ):
+        with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1TiB"}):
             sent = self.client.submit(_as_it_is, dumps(work)[0], pure=False)
             sums = [
                 self.client.submit(_partial, self.token, index, part, sent, pure=False)
