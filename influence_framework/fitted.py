@@ -200,6 +200,12 @@ class Fitted:
     def _absolute(self, regularization: Mapping[str, Strength]) -> dict[str, float]:
         return {name: scale.absolute(regularization[name]) for name, scale in self.scales.items()}
 
+    @property
+    def divided(self) -> bool:
+        """Whether the training data is divided between processes, so that none of them solves alone."""
+        operators = (block.operator for block in self.blocks.values())
+        return self.problem.processes is not None or any(getattr(o, "divided", False) for o in operators)
+
     def size(self, batch: Batch) -> int:
         """Samples in ``batch``."""
         return self.problem.objective.size(batch)

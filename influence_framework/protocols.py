@@ -34,8 +34,10 @@ class LinearOperator(Protocol):
     ``A @ v`` takes ``(P,)`` or ``(P, k)`` columns of the operator's own dtype and device and returns
     the same shape. All ``k`` columns are worked on together; ``k`` may be zero and may exceed ``P``.
 
-    Optional attribute: ``positive_semidefinite``, ``True`` where the way the matrix is made rules out
+    An optional attribute: ``positive_semidefinite``, ``True`` where the way the matrix is made rules out
     negative eigenvalues, which solvers then need not look for. Left out it is ``False``.
+    Another one: ``divided``, ``True`` where other processes work out its products, so that it cannot be used in
+    one of them.
     """
 
     @property

@@ -49,10 +49,10 @@ class TestLookUp:
         assert {method.version for method in sources.values()} == {"0.1.0"}
         assert sources["hessian"].options["precompute_grad"].default is False
 
-    def test_core_registers_its_executor_like_any_plugin(self) -> None:
+    def test_core_registers_its_executors_like_any_plugin(self) -> None:
         executors = isolated().executors
-        assert list(executors) == ["sequential"]
-        assert executors["sequential"].distribution == "influence-framework"
+        assert list(executors) == ["sequential", "torch_distributed"]
+        assert {method.distribution for method in executors.values()} == {"influence-framework"}
         assert isinstance(executors["sequential"].create(), inf.Executor)
 
     def test_mappings_are_read_only(self) -> None:

@@ -115,7 +115,7 @@ class FactorNorms:
     @property
     def alone(self) -> bool:
         """As of :class:`FactorScores`, by right-hand sides."""
-        return self.fitted.problem.processes is None
+        return not self.fitted.divided
 
     def __call__(self, block: Block) -> Computed:
         log = SolveLog()
@@ -173,7 +173,7 @@ class Preparation:
 
 def solves_alone(fitted: Fitted) -> bool:
     """Whether no solve takes products with data that is divided between processes."""
-    return fitted.problem.processes is None or fitted.layer_scorer() is not None
+    return not fitted.divided or fitted.layer_scorer() is not None
 
 
 def points_at_once(fitted: Fitted) -> int:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import dask.array as da
 import numpy as np
+from dask.base import tokenize
+from dask.highlevelgraph import HighLevelGraph
 from distributed import Client
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -14,14 +17,17 @@ from torch.utils.data import DataLoader, IterableDataset
 from influence_framework.attribution.blocks import shuffles
 from influence_framework.errors import InvalidInputError
 from influence_framework_dask.shipping import Reference
-from influence_framework_dask.tasks import Chunk, read
+from influence_framework_dask.tasks import Chunk, pair, read
 
 
-def check_points(x: Any, y: Any, dtype: np.dtype[Any], x_name: str, y_name: str) -> None:
-    """Raise :class:`InvalidInputError` unless chunk by chunk ``x`` and ``y`` are points with their targets."""
+def check_points(x: Any, y: Any, dtype: np.dtype[Any] | None, x_name: str, y_name: str) -> None:
+    """Raise :class:`InvalidInputError` unless chunk by chunk ``x`` and ``y`` are points with their targets.
+
+    Floating-point arrays must be of ``dtype``, unless it is ``None``.
+    """
     for name, array in ((x_name, x), (y_name, y)):
         _check_chunks(name, array)
-        if array.dtype.kind == "f" and array.dtype != dtype:
+        if dtype is not None and array.dtype.kind == "f" and array.dtype != dtype:
             raise InvalidInputError(
                 f"{name} is {array.dtype} and the model {dtype}: convert it with {name}.astype({str(dtype)!r})."
             )
@@ -121,3 +127,31 @@ def _array(
     inner = (0,) * len(features)
     graph = {(name, i, *inner): (read, reference, indices, part) for i, indices in enumerate(batches)}
     return da.Array(graph, name, chunks=(sizes, *((size,) for size in features)), dtype=like.dtype)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """A layer with all that it is made of.
+
+    Attributes:
+        name: Of the layer.
+        graph: A ``HighLevelGraph``, whose own annotation of keys run-time checks do not follow.
+    """
+
+    name: str
+    graph: Any
+
+    @classmethod
+    def on(cls, name: str, layer: dict[Any, Any], *parents: Layers) -> Layers:
+        """A new layer over others."""
+        below = HighLevelGraph.merge(*(parent.graph for parent in parents))
+        dependencies = {**below.dependencies, name: {parent.name for parent in parents}}
+        return cls(name, HighLevelGraph({**below.layers, name: layer}, dependencies))
+
+
+def chunks_of(x: da.Array, y: da.Array) -> Layers:
+    """The points chunk by chunk, as a layer of its own, so that no task that uses them makes them again."""
+    name = f"influence-points-{tokenize(x.name, y.name)}"
+    inner = [(0,) * (array.ndim - 1) for array in (x, y)]
+    layer = {(name, i): (pair, (x.name, i, *inner[0]), (y.name, i, *inner[1])) for i in range(x.numblocks[0])}
+    return Layers.on(name, layer, Layers(x.name, x.dask), Layers(y.name, y.dask))

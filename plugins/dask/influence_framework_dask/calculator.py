@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -11,16 +10,16 @@ import dask.array as da
 import numpy as np
 import torch
 from dask.base import tokenize
-from dask.highlevelgraph import HighLevelGraph
 from distributed import Client
 
+from influence_framework.attribution.queries import solves_alone
 from influence_framework.errors import InvalidInputError
 from influence_framework.influence import TorchInfluenceFunctionModel
 from influence_framework.protocols import InfluenceMode
-from influence_framework_dask.arrays import check_factor_chunks, check_points, from_loader
+from influence_framework_dask.arrays import Layers, check_factor_chunks, check_points, chunks_of, from_loader
 from influence_framework_dask.progress import computed
 from influence_framework_dask.shipping import Reference
-from influence_framework_dask.tasks import Settings, pair, score, score_factors, solve, solve_factors
+from influence_framework_dask.tasks import Settings, score, score_factors, solve, solve_factors
 
 
 class DaskInfluenceCalculator:
@@ -62,6 +61,14 @@ class DaskInfluenceCalculator:
         reference = Reference.to(fitted, client)
         self._settings = Settings(reference, influence_function_model.on_failure, parameters.device)
 
+    def _check_solvable(self) -> None:
+        if not solves_alone(self.influence_function_model.fitted):
+            raise InvalidInputError(
+                "The curvature is summed on the cluster, whose workers cannot solve with it while they work on "
+                "chunks: use inf.attribute(model, test, train, executor='dask'), or influences_from_factors "
+                "with the model's own influence_factors."
+            )
+
     def influence_factors(self, x: da.Array, y: da.Array) -> da.Array:
         """``(C + λI)⁻¹ ∇ℓ(z)`` of every point, ``(n, P)``, chunked like ``x`` over samples.
 
@@ -72,6 +79,7 @@ class DaskInfluenceCalculator:
         Raises:
             InvalidInputError: Chunks that cannot work, with the remedy.
         """
+        self._check_solvable()
         check_points(x, y, self.dtype, "x", "y")
         solved = self._solved(solve_factors, x, y, "influence-factors", 0)
         return da.Array(solved.graph, solved.name, (x.chunks[0], (self._width,)), dtype=self.dtype)
@@ -100,6 +108,7 @@ class DaskInfluenceCalculator:
             InvalidInputError: Chunks that cannot work, with the remedy.
         """
         mode = InfluenceMode.parse(mode)
+        self._check_solvable()
         check_points(x_test, y_test, self.dtype, "x_test", "y_test")
         if (x is None) != (y is None):
             raise InvalidInputError("Pass both x and y, or neither to score the test points on each other.")
@@ -137,7 +146,7 @@ class DaskInfluenceCalculator:
         mode = InfluenceMode.parse(mode)
         check_factor_chunks(z_test_factors, self._width, self.dtype)
         check_points(x, y, self.dtype, "x", "y")
-        factors = _Layers(z_test_factors.name, z_test_factors.dask)
+        factors = Layers(z_test_factors.name, z_test_factors.dask)
         return self._pairs(score_factors, factors, z_test_factors.chunks[0], x, y, mode)
 
     def arrays(self, loader: Any) -> tuple[da.Array, da.Array]:
@@ -152,36 +161,27 @@ class DaskInfluenceCalculator:
         """The array's numbers, with a bar that counts its chunks; Dask's dashboard shows every task."""
         return computed(array, self.client, progress)
 
-    def _points(self, x: da.Array, y: da.Array) -> _Layers:
-        """The points chunk by chunk, as a layer of its own, so that no task that uses them makes them again."""
-        name = f"influence-points-{tokenize(x.name, y.name)}"
-        inner = [(0,) * (array.ndim - 1) for array in (x, y)]
-        layer = {
-            (name, i): (pair, (x.name, i, *inner[0]), (y.name, i, *inner[1])) for i in range(x.numblocks[0])
-        }
-        return _Layers.on(name, layer, _Layers(x.name, x.dask), _Layers(y.name, y.dask))
-
-    def _solved(self, work: Callable[..., Any], x: da.Array, y: da.Array, label: str, *inner: int) -> _Layers:
+    def _solved(self, work: Callable[..., Any], x: da.Array, y: da.Array, label: str, *inner: int) -> Layers:
         """``work`` on every chunk of points: each of them is solved for once."""
-        points = self._points(x, y)
+        points = chunks_of(x, y)
         name = f"{label}-{tokenize(self._settings, points.name)}"
         layer = {
             (name, i, *inner): (work, self._settings, (points.name, i), start)
             for i, start in enumerate(_starts(x))
         }
-        return _Layers.on(name, layer, points)
+        return Layers.on(name, layer, points)
 
     def _pairs(
         self,
         work: Callable[..., Any],
-        test: _Layers,
+        test: Layers,
         sizes: tuple[int, ...],
         x: da.Array,
         y: da.Array,
         mode: InfluenceMode,
     ) -> da.Array:
         """``work`` on every chunk of test points with every chunk of training points."""
-        points = self._points(x, y)
+        points = chunks_of(x, y)
         features = x.shape[1:] if mode is InfluenceMode.Perturbation else ()
         zeros = (0,) * len(features)
         factors = work is score_factors
@@ -199,27 +199,7 @@ class DaskInfluenceCalculator:
             for i, count in enumerate(sizes)
         }
         chunks = (sizes, x.chunks[0], *((size,) for size in features))
-        return da.Array(_Layers.on(name, layer, test, points).graph, name, chunks, dtype=self.dtype)
-
-
-@dataclass(frozen=True)
-class _Layers:
-    """A layer with all that it is made of.
-
-    Attributes:
-        name: Of the layer.
-        graph: A ``HighLevelGraph``, whose own annotation of keys run-time checks do not follow.
-    """
-
-    name: str
-    graph: Any
-
-    @classmethod
-    def on(cls, name: str, layer: dict[Any, Any], *parents: _Layers) -> _Layers:
-        """A new layer over others."""
-        below = HighLevelGraph.merge(*(parent.graph for parent in parents))
-        dependencies = {**below.dependencies, name: {parent.name for parent in parents}}
-        return cls(name, HighLevelGraph({**below.layers, name: layer}, dependencies))
+        return da.Array(Layers.on(name, layer, test, points).graph, name, chunks, dtype=self.dtype)
 
 
 def _starts(array: da.Array) -> list[int]:

@@ -10,6 +10,7 @@ from typing import Any
 import dask
 from distributed import Client, Future, as_completed
 
+from influence_framework.attribution import SequentialExecutor
 from influence_framework.errors import InvalidInputError
 from influence_framework.protocols import Result, Unit
 from influence_framework_dask.shipping import WORK, dumps, loads, recall, resolve, ship
@@ -72,6 +73,10 @@ class DaskExecutor:
             KilledWorker: A unit took several workers with it, usually for want of memory.
         """
         client = client_at(self.address)
+        if not getattr(job, "alone", True):
+            # Its products are worked out by the workers, which can ask for none themselves.
+            yield from SequentialExecutor().run(job, units)
+            return
         token = ship(client, whole := _Whole(job))
         ahead = AHEAD * self.workers
         label = f"influence-{type(job).__name__}"

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from influence_framework.attribution.blocks import Block
 from influence_framework.attribution.queries import Preparation, Prepared
-from influence_framework.data import random_state_kept
+from influence_framework.data import Batch, map_leaves, random_state_kept
 from influence_framework.fitted import Fitted
 from influence_framework.points import check_factors, checked_points
 from influence_framework.protocols import InfluenceMode
@@ -61,10 +61,17 @@ def tell(message: str, category: type[Warning]) -> None:
         distributed.warn(message, category=category)
 
 
-def tensor(chunk: Chunk, settings: Settings) -> Tensor:
-    """The chunk where the model is."""
+def as_tensor(chunk: Chunk) -> Tensor:
+    """The chunk as a tensor."""
     # PyTorch takes no array that may not be written to.
-    return torch.from_numpy(np.require(chunk, requirements=["C", "W"])).to(settings.device)
+    return torch.from_numpy(np.require(chunk, requirements=["C", "W"]))
+
+
+def points_of(points: Batch, device: torch.device) -> Batch:
+    """A batch, of arrays or of tensors, where the model is."""
+    if all(isinstance(part, np.ndarray) for part in points):
+        points = tuple(map(as_tensor, points))
+    return map_leaves(lambda tensor: tensor.to(device), points)
 
 
 def pair(x: Chunk, y: Chunk) -> tuple[Chunk, Chunk]:
@@ -73,7 +80,7 @@ def pair(x: Chunk, y: Chunk) -> tuple[Chunk, Chunk]:
 
 
 def _block(settings: Settings, points: tuple[Chunk, Chunk], start: int) -> Block:
-    x, y = (tensor(part, settings) for part in points)
+    x, y = points_of(points, settings.device)
     return Block(start, ((x, y),), np.arange(start, start + len(x)))
 
 
@@ -108,7 +115,7 @@ def score_factors(
 ) -> Chunk:
     """Scores of points, of which the first is number ``start``, with factors: ``(m, n)`` or ``(m, n, …)``."""
     with working(settings) as fitted:
-        rows = tensor(factors, settings)
+        rows = as_tensor(factors).to(settings.device)
         check_factors(fitted, rows, fitted.problem.parameters.numel, "z_test_factors")
         ((x, y),) = _block(settings, points, start).batches
         batch = checked_points(fitted, x, y, f"points from {start} on")

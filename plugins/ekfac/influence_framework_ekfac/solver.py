@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, ClassVar, Literal, TypeVar, cast
+from typing import Any, ClassVar, Generic, Literal, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -31,6 +32,39 @@ ALONE = "only"
 
 Sums = TypeVar("Sums", Covariances, SecondMoments)
 """What is added up over the batches of one layer."""
+
+
+def empty(like: Mapping[Layer, Sums]) -> dict[Layer, Sums]:
+    """The same before any batch."""
+    found: dict[Layer, Sums] = {layer: copy(kept) for layer, kept in like.items()}
+    for kept in found.values():
+        kept.sums = [torch.zeros_like(part) for part in kept.sums]
+    return found
+
+
+@dataclass(frozen=True)
+class Collect(Generic[Sums]):
+    """Adds up the batches of a share of the data; no closure, so that it can be sent to another process.
+
+    Attributes:
+        nothing: What sums are made of, by layer.
+        what: They are, for a bar.
+        progress: Whether to show it.
+    """
+
+    nothing: Mapping[Layer, Sums]
+    what: str
+    progress: bool
+
+    def __call__(self, passed: Iterator[tuple[Mapping[Layer, LayerBatch], int]]) -> list[Tensor]:
+        """The number of samples, then the sums of each layer."""
+        found: dict[Layer, Sums] = empty(self.nothing)
+        count = torch.zeros((), dtype=torch.float64, device="cpu")
+        for batches, size in tqdm(passed, desc=self.what, unit=" batches", disable=not self.progress):
+            count += size
+            for layer, batch in batches.items():
+                found[layer].add(batch)
+        return [count, *(part for kept in found.values() for part in kept.sums)]
 
 
 def _is_whole(value: object, least: int) -> bool:
@@ -158,42 +192,28 @@ class KroneckerSolver:
     def _bases(
         self, operator: LayerStatistics, layers: Sequence[Layer], dtype: torch.dtype
     ) -> dict[Layer, Eigenbasis]:
-        def covariance(layer: Layer) -> Covariances:
-            return Covariances(layer, self.weight_sharing, self.dtype)
-
-        covariances, total = self._summed(operator, layers, covariance, "Covariances")
+        nothing = {layer: Covariances(layer, self.weight_sharing, self.dtype) for layer in layers}
+        covariances, total = self._summed(operator, nothing, "Covariances")
         bases = {
             layer: found.decompose(layer.name, total, dtype, layer.form.places.device)
             for layer, found in covariances.items()
         }
         if not self.refits:
             return bases
-
-        def second_moments(layer: Layer) -> SecondMoments:
-            return SecondMoments(bases[layer], self.memory_budget)
-
-        moments, _ = self._summed(operator, layers, second_moments, "Eigenvalues")
+        squares = {layer: SecondMoments(basis, self.memory_budget) for layer, basis in bases.items()}
+        moments, _ = self._summed(operator, squares, "Eigenvalues")
         return {layer: found.eigenbasis(total) for layer, found in moments.items()}
 
     def _summed(
-        self, operator: LayerStatistics, layers: Sequence[Layer], make: Callable[[Layer], Sums], what: str
+        self, operator: LayerStatistics, nothing: Mapping[Layer, Sums], what: str
     ) -> tuple[dict[Layer, Sums], int]:
-        """Sums over the data of every layer, and the number of samples."""
-
-        def collect(passed: Iterator[tuple[Mapping[Layer, LayerBatch], int]]) -> list[Tensor]:
-            found: dict[Layer, Sums] = {layer: make(layer) for layer in layers}
-            count = torch.zeros((), dtype=torch.float64, device="cpu")
-            for batches, size in tqdm(passed, desc=what, unit=" batches", disable=not self.progress):
-                count += size
-                for layer, batch in batches.items():
-                    found[layer].add(batch)
-            return [count, *(part for layer in layers for part in found[layer].sums)]
-
+        """Sums over the data of every layer, from ``nothing`` yet, and the number of samples."""
         # Both passes see the same draws.
         generator = torch.Generator("cpu").manual_seed(self.seed)
-        count, *sums = operator.layer_sums(layers, self.samples, generator, collect)
+        collect = Collect(nothing, what, self.progress)
+        count, *sums = operator.layer_sums(list(nothing), self.samples, generator, collect)
         rest = iter(sums)
-        totals = {layer: make(layer) for layer in layers}
+        totals = empty(nothing)
         for kept in totals.values():
             kept.sums = list(islice(rest, len(kept.sums)))
         return totals, int(count)
