@@ -20,7 +20,9 @@ from influence_framework.data import (
     Joiner,
     RandomState,
     check_reiterable,
+    concatenate,
     detached,
+    layout,
     map_leaves,
     nbytes,
     one_pass,
@@ -136,6 +138,10 @@ class Problem:
             if len(sizes) == 1:
                 problem = problem._tried(take(batch, slice(0, TRIAL)))
                 kept = Joiner(problem.max_batch)
+            elif sum(sizes[:-1]) == 1 and layout(batch) == layout(problem.example):
+                # One sample by itself cannot tell whether it is mixed with others.
+                pair = concatenate([problem.example, take(batch, slice(0, TRIAL))])
+                problem._check_one_sample_at_a_time(pair)
             held += nbytes(batch)
             if held > self.memory_budget:
                 kept = None
@@ -206,9 +212,11 @@ class Problem:
 
     def _check_one_sample_at_a_time(self, batch: Batch) -> None:
         """Raise unless a sample's output depends on that sample alone."""
+        size = self.objective.size(batch)
         with torch.no_grad(), random_state_kept():
             once, again = self.outputs({}, batch), self.outputs({}, batch)
             alone = self.outputs({}, take(batch, slice(0, 1)))
+            rest = self.outputs({}, take(batch, slice(size // 2, size)))
         # Far above rounding, which differs with the size of the batch.
         tolerance = torch.finfo(once.dtype).eps ** 0.5 * once.abs().max()
         if (once - again).abs().max() > tolerance:
@@ -221,10 +229,12 @@ class Problem:
                 f"The model returned shape {tuple(once.shape)} for a batch and {tuple(alone.shape)} for its "
                 "first sample alone: it must keep the first dimension. Use squeeze(-1), not squeeze()."
             )
-        if (once[:1] - alone).abs().max() > tolerance:
+        # A recurrent layer that takes samples for time steps leaves the first sample alone.
+        if (once[:1] - alone).abs().max() > tolerance or (once[size // 2 :] - rest).abs().max() > tolerance:
             raise InvalidInputError(
                 "The output for a sample differs with the other samples of its batch, so no sample has a loss "
-                "of its own: use running statistics, or whatever else keeps samples apart."
+                "of its own: use running statistics, batch_first=True in recurrent layers and attention, or "
+                "whatever else keeps samples apart."
             )
 
     def _activation_bytes(self, batch: Batch) -> int:
