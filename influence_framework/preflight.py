@@ -57,8 +57,9 @@ class BlockPreflight:
         precision: ``eps`` of the dtype.
         smallest: Smallest eigenvalue found.
         largest: Largest eigenvalue found.
-        indefinite: Whether ``smallest`` is negative beyond rounding, where neither the operator is known to be
-            positive semidefinite nor the solver to make it so.
+        indefinite: Whether ``smallest`` is negative beyond rounding, where the operator is not known to be
+            positive semidefinite.
+        taken: Whether the solver takes negative eigenvalues.
     """
 
     parameters: int
@@ -67,6 +68,7 @@ class BlockPreflight:
     smallest: float | None = None
     largest: float | None = None
     indefinite: bool = False
+    taken: bool = False
 
     @property
     def scale(self) -> float | None:
@@ -100,8 +102,10 @@ class BlockPreflight:
 
     @property
     def exceeded(self) -> bool:
-        """Whether λ does not make up for a negative eigenvalue."""
-        return self.indefinite and self.smallest is not None and 0 < self.regularization <= -self.smallest
+        """Whether λ does not make up for a negative eigenvalue, and the solver needs it to."""
+        if self.taken or not self.indefinite or self.smallest is None:
+            return False
+        return self.regularization <= -self.smallest
 
     def __str__(self) -> str:
         found = None if self.scale is None else f"{self.smallest:.2g} to {self.largest:.2g}"
@@ -143,7 +147,7 @@ class Preflight:
         source: HessianSource,
         regularization: Mapping[str, float],
         *,
-        definite: bool = False,
+        taken: bool = False,
         probe: bool = True,
     ) -> Self:
         """Look at the parameters and at the spectrum of each block, and warn of what cannot be meant.
@@ -159,12 +163,13 @@ class Preflight:
             parts: Parameters of each block.
             source: The curvature.
             regularization: λ of each block.
-            definite: Whether the solver makes something positive semidefinite of any operator.
+            taken: Whether the solver takes negative eigenvalues of ``C + λI`` (``takes_indefinite``).
             probe: Also what takes derivatives: parameters without effect, and eigenvalues.
         """
         precision = torch.finfo(problem.parameters.dtype).eps
         blocks = {
-            name: BlockPreflight(part.numel, regularization[name], precision) for name, part in parts.items()
+            name: BlockPreflight(part.numel, regularization[name], precision, taken=taken)
+            for name, part in parts.items()
         }
         unreachable: tuple[str, ...] = ()
         idle: tuple[str, ...] = ()
@@ -183,7 +188,7 @@ class Preflight:
                         continue  # said already; its curvature is zero
                     with suppress(NonFiniteError):  # a solver that needs products raises it in its turn
                         operator = source.operator(few, parts[name])
-                        blocks[name] = _with_spectrum(blocks[name], operator, steps, definite)
+                        blocks[name] = _with_spectrum(blocks[name], operator, steps)
         found = cls(
             parameters=problem.parameters.numel,
             total=sum(p.numel() for p in problem.model.parameters()),
@@ -282,13 +287,11 @@ def _affordable(problem: Problem, products: int) -> int:
     return min(SAMPLES, max(4, free, problem.size // (SHARE * products)))
 
 
-def _with_spectrum(
-    block: BlockPreflight, operator: LinearOperator, steps: int, definite: bool
-) -> BlockPreflight:
+def _with_spectrum(block: BlockPreflight, operator: LinearOperator, steps: int) -> BlockPreflight:
     smallest, largest = ritz_values(operator, steps)
     negative = smallest < -NOISE * block.precision * max(abs(smallest), abs(largest))
     # Asked last: some operators run the model to answer it.
-    indefinite = negative and not definite and not getattr(operator, "positive_semidefinite", False)
+    indefinite = negative and not getattr(operator, "positive_semidefinite", False)
     return replace(block, smallest=smallest, largest=largest, indefinite=indefinite)
 
 

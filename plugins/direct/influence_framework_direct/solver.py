@@ -43,6 +43,7 @@ class DirectSolver:
     block_size: int = 256
 
     accuracy: ClassVar[float] = ACCURACY
+    takes_indefinite: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
