@@ -133,6 +133,30 @@ def test_test_points_with_themselves_are_solved_for_once() -> None:
     torch.testing.assert_close(scores, scores.T, rtol=1e-6, atol=1e-9)
 
 
+def test_a_loss_that_is_convex_on_the_first_samples_alone_has_no_lower_bound() -> None:
+    """Samples to be unlearnt, weighted against the others."""
+    net, (x, _), test, _ = problem(0)
+    generator = torch.Generator().manual_seed(0)
+
+    def weighted(outputs: Tensor, target: Tensor) -> Tensor:
+        return (target[:, 3:] * (outputs - target[:, :3]).square()).mean()
+
+    x = torch.cat([x, x + 1])
+    targets = torch.randn(60, 3, generator=generator, dtype=torch.float64)
+    for later in (1.0, -3.0):
+        weights = torch.ones(60, 3, dtype=torch.float64)
+        weights[40:] = later
+        data = [(x, torch.cat([targets, weights], dim=1))]
+        model = inf.compose(net, weighted, solver="direct", hessian_regularization=10.0).fit(data)
+        (block,) = model.fitted.blocks.values()
+        assert getattr(block.operator, "positive_semidefinite") == (later > 0)  # noqa: B009
+        if later > 0:
+            model.influences(test[0], data[0][1][:5], return_bounds=True)
+        else:
+            with pytest.raises(inf.InvalidInputError, match="does not claim to be positive semidefinite"):
+                model.influences(test[0], data[0][1][:5], return_bounds=True)
+
+
 def test_without_a_lower_bound_on_the_spectrum_there_is_no_bound() -> None:
     with pytest.raises(inf.InvalidInputError, match=r"'full' does not claim .*'gauss_newton'"):
         small.fitted(source="hessian", hessian_regularization=1.0).influences(

@@ -114,16 +114,26 @@ class GaussNewtonOperator(OuterProductOperator):
 
     @property
     def positive_semidefinite(self) -> bool:
-        """Whether the loss is known to be convex in the outputs, or recognised as such from a few samples."""
-        problem = self.problem
-        if getattr(problem.objective, "convex", False):
+        """Whether the loss is known to be convex in the outputs, or is recognised and so at every sample.
+
+        The latter takes a forward pass over the data, once: a loss that weighs its samples, say, may be of one
+        sign on the first of them only.
+        """
+        if getattr(self.problem.objective, "convex", False):
             return True
+        if self._cache.semidefinite is None:
+            try:
+                self._cache.semidefinite = self._in_outputs(self.problem.example).convex and all(
+                    self._in_outputs(batch) is not None for batch, _ in self.problem.batches()
+                )
+            except InvalidInputError:
+                self._cache.semidefinite = False
+        return self._cache.semidefinite
+
+    def _in_outputs(self, batch: Batch) -> OutputCurvature:
         with torch.no_grad():
-            outputs = problem.outputs({}, problem.example)
-        try:
-            return OutputCurvature.of(problem.objective, outputs, problem.example).convex
-        except InvalidInputError:
-            return False
+            outputs = self.problem.outputs({}, batch)
+        return OutputCurvature.of(self.problem.objective, outputs, batch)
 
     def diagonal(self) -> Float[Tensor, " P"]:
         """``1/N Σ_i Σ_cd H_i[c, d] J_i[c]∘J_i[d]``, from per-sample Jacobians within the budget."""

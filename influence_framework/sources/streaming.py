@@ -61,6 +61,7 @@ class _Cache:
     kept: list[tuple[Linearization, int]] | None = None
     versions: list[int] = field(default_factory=list)
     cover: Cover | None = None
+    semidefinite: bool | None = None
 
     def to(self, device: Any) -> _Cache:
         return _Cache()

@@ -73,12 +73,12 @@ def converged_means_solved(subject: SolverSubject) -> Iterator[str]:
 
 
 def indefinite_is_reported(subject: SolverSubject) -> Iterator[str]:
-    """Where ``C + λI`` is indefinite, what is not solved is refused, warned of, called not converged or measured."""
+    """Where ``C + λI`` is indefinite, what is not solved is refused, warned of, not converged or measured."""
     yield from _silently_wrong(subject, subject.system("indefinite"), tolerated=subject.takes_indefinite)
 
 
 def indefinite_is_solved_where_taken(subject: SolverSubject) -> Iterator[str]:
-    """A solver with ``takes_indefinite = True`` that states an accuracy reaches it where ``C + λI`` is indefinite."""
+    """A solver with ``takes_indefinite = True`` reaches its accuracy, if any, on indefinite systems too."""
     if not subject.takes_indefinite or subject.accuracy is None:
         return
     system = subject.system("indefinite")
@@ -115,7 +115,7 @@ def _silently_wrong(subject: SolverSubject, system: System, *, tolerated: bool =
         honest = reason is StopReason.APPROXIMATION and bool(torch.isfinite(true[column]))
         honest &= tolerated or bool(torch.isfinite(solution.residual[column]))
         if flag and not honest and not true[column] <= subject.allowed():
-            yield f"column {column}: silently called {reason.name.lower()} at a relative residual of {true[column]:.1e}"
+            yield f"column {column}: silently {reason.name.lower()}, relative residual {true[column]:.1e}"
 
 
 def zero_gives_zero(subject: SolverSubject) -> Iterator[str]:
