@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -16,12 +15,16 @@ from influence_framework.errors import NonFiniteError, PreflightWarning
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import TRIAL, Problem
 from influence_framework.protocols import HessianSource, LinearOperator
+from influence_framework.solving import warn_caller
 
 SAMPLES = 256
 """Samples at most whose curvature stands for that of all data."""
 
 STEPS = 6
 """Lanczos steps at most in each block."""
+
+CLOSER_LOOK = 20
+"""Lanczos steps at most where a negative eigenvalue is seen: the first few find hardly more than its sign."""
 
 BLOCKS = 8
 """Blocks at most whose spectra are looked at: those with most parameters."""
@@ -154,9 +157,9 @@ class Preflight:
 
         Eigenvalues are Ritz values of the source's own operator on the first samples of the data: of 256 at
         most, of fewer where that would take more than one product with a sample for three samples of the
-        data, from four to six Lanczos steps in each of the eight largest blocks: a few per cent of a fit of
-        Kronecker factors. Few samples make the largest eigenvalue larger than it is, and data sorted by class
-        shows the curvature of its first classes only.
+        data, from four to six Lanczos steps in each of the eight largest blocks (twenty where an eigenvalue is
+        negative): a few per cent of a fit of Kronecker factors. Few samples make the largest eigenvalue larger
+        than it is, and data sorted by class shows the curvature of its first classes only.
 
         Args:
             problem: The whole problem.
@@ -221,11 +224,10 @@ class Preflight:
             f"{_listed(list(map(repr, names)))} ({why})" for why, names in causes.items() if names
         )
         if named:
-            warnings.warn(
+            warn_caller(
                 f"The loss does not depend on these trainable parameters: {named}. They add nothing to any "
                 "score and, with λ = 0, make C singular: freeze them with requires_grad_(False).",
                 PreflightWarning,
-                stacklevel=4,
             )
 
     def _warn_of_regularization(self) -> None:
@@ -239,10 +241,9 @@ class Preflight:
         for what, flag in findings.items():
             named = [f"{name!r} ({block})" for name, block in self.blocks.items() if getattr(block, flag)]
             if named:
-                warnings.warn(
+                warn_caller(
                     f"The regularisation of block {_listed(named)} {what}. {self._origin}",
                     PreflightWarning,
-                    stacklevel=4,
                 )
 
     @property
@@ -292,6 +293,8 @@ def _with_spectrum(block: BlockPreflight, operator: LinearOperator, steps: int) 
     negative = smallest < -NOISE * block.precision * max(abs(smallest), abs(largest))
     # Asked last: some operators run the model to answer it.
     indefinite = negative and not getattr(operator, "positive_semidefinite", False)
+    if indefinite:
+        smallest, largest = ritz_values(operator, CLOSER_LOOK)
     return replace(block, smallest=smallest, largest=largest, indefinite=indefinite)
 
 
