@@ -148,9 +148,7 @@ class StopReason(Enum):
 
     CONVERGED = "reached the tolerance"
     APPROXIMATION = "fixed approximation, held to no tolerance"
-    SINGULAR = (
-        "directions of no curvature were left out, as a pseudo-inverse does at λ = 0: raise the regularisation"
-    )
+    SINGULAR = "left out directions of no curvature: raise the regularisation, with which none is left out"
     ITERATION_LIMIT = "reached the iteration limit: raise maxiter, loosen rtol or add a preconditioner"
     NEGATIVE_CURVATURE = (
         "met a direction of non-positive curvature: raise the regularisation above the magnitude of "
