@@ -34,7 +34,6 @@ from influence_framework.protocols import (
     InfluenceMode,
     InverseOperator,
     JointSolver,
-    LayerStatistics,
     LinearOperator,
     Reregularizable,
     Solution,
@@ -177,9 +176,8 @@ class Fitted:
             require_capabilities(type(solver).__name__, operator, getattr(solver, "requires", ()))
         scales = {name: BlockScale(name, operator) for name, operator in operators.items()}
         strengths = {name: scale.absolute(regularization[name]) for name, scale in scales.items()}
-        # Second moments of gradients, whatever the sign of the operator's own eigenvalues.
-        definite = LayerStatistics in getattr(solver, "requires", ())
-        preflight = Preflight.of(problem, parts, source, strengths, definite=definite, probe=probe)
+        taken = bool(getattr(solver, "takes_indefinite", False))
+        preflight = Preflight.of(problem, parts, source, strengths, taken=taken, probe=probe)
         if isinstance(solver, JointSolver):
             inverses = solver.fit_jointly(operators, strengths)
         else:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence_framework.bounds import BoundedScores, bounded_scores
+from influence_framework.bounds import BoundedScores, bounded_perturbations, bounded_scores
 from influence_framework.composed import ComposedModel
 from influence_framework.data import random_state_kept
 from influence_framework.errors import InvalidInputError
@@ -97,13 +97,14 @@ class TorchInfluenceFunctionModel(ComposedModel):
             x: Inputs of the training points; with ``y`` left out too, the test points stand in.
             y: Their targets.
             mode: A member of :class:`InfluenceMode` or its value.
-            return_bounds: Correct the scores of mode Up by the residuals of both sides, and bound what error is
-                left: see :func:`influence_framework.bounds.bounded_scores`. Solves for both sides, and needs a
-                positive semidefinite curvature with λ > 0.
+            return_bounds: Bound the error of every score. Needs a positive semidefinite curvature with λ > 0.
+                In mode Up both sides are solved for, and their residuals correct the scores: see
+                :func:`influence_framework.bounds.bounded_scores`. In mode Perturbation it costs a derivative
+                along every feature of every training point.
 
         Returns:
             ``(n_test, n_train)`` in mode Up, ``(n_test, n_train, *features)`` in mode Perturbation; with
-            ``return_bounds`` a :class:`BoundedScores` of scores and bounds, ``(n_test, n_train)`` each.
+            ``return_bounds`` a :class:`BoundedScores` of scores and bounds of that shape.
 
         Raises:
             NotFittedError: Before ``fit``.
@@ -286,9 +287,6 @@ class TorchInfluenceFunctionModel(ComposedModel):
     def _bounded(self, x_test: Any, y_test: Any, x: Any, y: Any, mode: InfluenceMode | str) -> BoundedScores:
         fitted = self.fitted
         mode, test, train = checked_pairs(fitted, x_test, y_test, x, y, mode)
-        if mode is not InfluenceMode.Up:
-            raise InvalidInputError(
-                "return_bounds=True bounds scores of mode 'up'; leave it out in the other mode."
-            )
+        bounded = bounded_scores if mode is InfluenceMode.Up else bounded_perturbations
         with self.solving() as log:
-            return bounded_scores(fitted, test, train, log)
+            return bounded(fitted, test, train, log)

@@ -100,6 +100,16 @@ class Method:
         return getattr(self.cls, "fixed", False) is True
 
     @property
+    def refines(self) -> bool:
+        """Whether it can refine the solutions of another solver."""
+        return getattr(self.cls, "refines", False) is True
+
+    @property
+    def takes_indefinite(self) -> bool:
+        """Whether negative eigenvalues are no failure of it."""
+        return getattr(self.cls, "takes_indefinite", False) is True
+
+    @property
     def default_source(self) -> str | None:
         """Name of the curvature source it is made for, where the class states one."""
         stated = getattr(self.cls, "default_source", None)

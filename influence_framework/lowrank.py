@@ -85,6 +85,11 @@ class LowRankInverse(Inverse):
     def spectrum(self) -> tuple[float, float] | None:
         return (self.values.min().item(), self.values.max().item()) if len(self.values) else None
 
+    @property
+    def singular(self) -> bool:
+        left_out = not self.tail and len(self.values) < len(self.vectors)
+        return self.regularization == 0 and (left_out or bool(self._null().any()))
+
     def _filters(self) -> tuple[Float[Tensor, " r"], float]:
         """What is applied on the span, and what outside of it."""
         shifted = torch.where(self._null(), 0.0, self.values) + self.regularization
@@ -104,7 +109,7 @@ class LowRankInverse(Inverse):
         return torch.addmm(rest, self.vectors, inside[:, None] * (along + again), beta=outside)
 
     def _solve(self, columns: Float[Tensor, "P k"]) -> Solution:
-        return approximation(self._matmat(columns), self.spectrum)
+        return approximation(self._matmat(columns), self.spectrum, singular=self.singular)
 
     def with_regularization(self, regularization: float) -> Self:
         """Another λ over the same eigenpairs."""

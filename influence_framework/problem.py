@@ -23,7 +23,9 @@ from influence_framework.data import (
     Joiner,
     RandomState,
     check_reiterable,
+    concatenate,
     detached,
+    layout,
     map_leaves,
     nbytes,
     one_pass,
@@ -149,6 +151,10 @@ class Problem:
                 first = problem.objective.size(whole)
                 problem = problem._tried(problem._same(take(whole, slice(0, TRIAL))))
                 kept = Joiner(problem.max_batch)
+            elif read.size == 1 and layout(whole) == layout(problem.example):
+                # One sample by itself cannot tell whether it is mixed with others.
+                pair = concatenate([problem.example, take(whole, slice(0, TRIAL))])
+                problem._check_one_sample_at_a_time(pair)
             batch, size = problem._share(whole, read.size)
             if size and self.processes is not None:
                 problem = problem.validated(batch, "training data")
@@ -274,9 +280,11 @@ class Problem:
 
     def _check_one_sample_at_a_time(self, batch: Batch) -> None:
         """Raise unless a sample's output depends on that sample alone."""
+        size = self.objective.size(batch)
         with torch.no_grad(), random_state_kept():
             once, again = self.outputs({}, batch), self.outputs({}, batch)
             alone = self.outputs({}, take(batch, slice(0, 1)))
+            rest = self.outputs({}, take(batch, slice(size // 2, size)))
         # Far above rounding, which differs with the size of the batch.
         tolerance = torch.finfo(once.dtype).eps ** 0.5 * once.abs().max()
         if (once - again).abs().max() > tolerance:
@@ -289,10 +297,12 @@ class Problem:
                 f"The model returned shape {tuple(once.shape)} for a batch and {tuple(alone.shape)} for its "
                 "first sample alone: it must keep the first dimension. Use squeeze(-1), not squeeze()."
             )
-        if (once[:1] - alone).abs().max() > tolerance:
+        # A recurrent layer that takes samples for time steps leaves the first sample alone.
+        if (once[:1] - alone).abs().max() > tolerance or (once[size // 2 :] - rest).abs().max() > tolerance:
             raise InvalidInputError(
                 "The output for a sample differs with the other samples of its batch, so no sample has a loss "
-                "of its own: use running statistics, or whatever else keeps samples apart."
+                "of its own: use running statistics, batch_first=True in recurrent layers and attention, or "
+                "whatever else keeps samples apart."
             )
 
     def _activation_bytes(self, batch: Batch) -> int:

@@ -157,7 +157,8 @@ class StopReason(Enum):
     """Why a solver stopped working on a right-hand side; the value says what to do about it."""
 
     CONVERGED = "reached the tolerance"
-    APPROXIMATION = "fixed approximation; its residual was not measured"
+    APPROXIMATION = "fixed approximation, held to no tolerance"
+    SINGULAR = "left out directions of no curvature: raise the regularisation, with which none is left out"
     ITERATION_LIMIT = "reached the iteration limit: raise maxiter, loosen rtol or add a preconditioner"
     NEGATIVE_CURVATURE = (
         "met a direction of non-positive curvature: raise the regularisation above the magnitude of "
@@ -301,6 +302,9 @@ class Solver(Protocol):
     - ``default_source``: name of the curvature source this method is made for;
     - ``refines``: ``True`` where its inverse offers :class:`WarmStart`, so that it can refine the
       solutions of another solver. An option ``preconditioner`` gets that solver's inverse, if it is ``fixed``;
+    - ``takes_indefinite``: ``True`` where negative eigenvalues of ``C + λI`` are no failure of the method: it
+      solves such systems like any, or puts something positive definite in the place of ``C`` whatever that is.
+      Nobody is warned of them beforehand; left out, a solver that meets them has to report it;
     - ``accuracy``: the largest relative residual ``‖b − (C + λI)x‖ / ‖b‖``, for ``‖b‖ ≥ 1``, of a
       right-hand side that it calls solved, as far as the dtype allows; ``None`` where the inverse is that
       of another matrix, an approximation of ``C``. Left out, the conformance kit asks for 1e-6.

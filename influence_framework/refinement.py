@@ -60,6 +60,11 @@ class RefinedSolver:
         """That of the approximation."""
         return getattr(self.approximation, "default_source", None)
 
+    @property
+    def takes_indefinite(self) -> bool:
+        """Whether the refiner takes negative eigenvalues, whose solutions are the ones returned."""
+        return bool(getattr(self.refiner, "takes_indefinite", False))
+
     def fit(self, operator: LinearOperator, regularization: float) -> RefinedInverse:
         """Fit the approximation, then the refiner with it as its preconditioner."""
         return self._refined(operator, regularization, self.approximation.fit(operator, regularization))

@@ -49,8 +49,12 @@ FAULTS = {
     ],
     "claimed_residual_is_the_true_one": [Exact(faulty.MadeUpResidualInverse)],
     "converged_means_solved": [Exact(faulty.NeverConvergedInverse), Exact(faulty.FlagAgainstReasonInverse)],
-    "indefinite_is_reported": [Exact(faulty.ClampingInverse)],
-    "singular_is_reported": [Exact(faulty.PseudoInverse)],
+    "indefinite_is_reported": [Exact(faulty.ClampingInverse), Approximate(faulty.UnmeasuredInverse)],
+    "indefinite_is_solved_where_taken": [faulty.Taking(faulty.GivesUpInverse)],
+    "singular_is_reported": [
+        Exact(faulty.PseudoInverse),
+        faulty.ApproximateTaking(faulty.UnmeasuredAtZeroInverse),
+    ],
     "zero_gives_zero": [Exact(faulty.DropsZerosInverse), Exact(faulty.ZeroNeverConvergesInverse)],
     "nan_is_reported": [Exact(faulty.SpreadsNanInverse), Exact(faulty.CallsNanSolvedInverse)],
     "every_block_structure": [faulty.MixesBlocks()],
@@ -78,9 +82,17 @@ def failed(report: ConformanceReport) -> set[str]:
     return {result.name for result in report.failures}
 
 
-@pytest.mark.parametrize(
-    "solver", [Exact(), Approximate(), Kept(faulty.KeptInverse)], ids=["exact", "approximate", "kept"]
-)
+CORRECT = {
+    "exact": Exact(),
+    "approximate": Approximate(),
+    "kept": Kept(faulty.KeptInverse),
+    "takes indefinite systems": faulty.Taking(),
+    "stands for them": faulty.ApproximateTaking(faulty.UnmeasuredInverse),
+    "gives them up": Exact(faulty.GivesUpInverse),
+}
+
+
+@pytest.mark.parametrize("solver", CORRECT.values(), ids=CORRECT)
 def test_a_correct_solver_passes_every_check(solver: Any) -> None:
     check_solver(solver)
 

@@ -210,8 +210,9 @@ def _plugins(arguments: argparse.Namespace) -> None:
 
 def _new_plugin(arguments: argparse.Namespace) -> None:
     folder = new_plugin(arguments.name, arguments.directory)
-    place = shlex.quote(str(folder))
-    print(f"Wrote {folder}. Next:\n  pip install --editable {place}\n  influence check {arguments.name}")
+    place, with_tests = shlex.quote(str(folder)), shlex.quote(f"{folder}[test]")
+    steps = (f"pip install --editable {with_tests}", f"influence check {arguments.name}", f"pytest {place}")
+    print("\n  ".join((f"Wrote {folder}. Next:", *steps)))
 
 
 def _run(arguments: argparse.Namespace) -> None:

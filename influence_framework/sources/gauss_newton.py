@@ -88,16 +88,32 @@ class GaussNewtonOperator(OuterProductOperator):
 
     @property
     def positive_semidefinite(self) -> bool:
-        """Whether the loss is known to be convex in the outputs, or recognised as such from a few samples."""
-        problem = self.problem
-        if getattr(problem.objective, "convex", False):
+        """Whether the loss is known to be convex in the outputs, or is recognised and so at every sample.
+
+        The latter takes a forward pass over the data, once: a loss that weighs its samples, say, may be of one
+        sign on the first of them only.
+        """
+        if getattr(self.problem.objective, "convex", False):
             return True
-        with torch.no_grad():
-            outputs = problem.outputs({}, problem.example)
+        if self._cache.semidefinite is None:
+            (doubtful,) = self.problem.total(self._doubtful, "whether the loss is convex")
+            self._cache.semidefinite = not doubtful.item()
+        return self._cache.semidefinite
+
+    def _doubtful(self, problem: Problem) -> list[Float[Tensor, ""]]:
+        """Positive unless the loss is recognised as convex at every sample."""
         try:
-            return OutputCurvature.of(problem.objective, outputs, problem.example).convex
+            convex = self._in_outputs(problem.example).convex and all(
+                self._in_outputs(batch) is not None for batch, _ in problem.batches()
+            )
         except InvalidInputError:
-            return False
+            convex = False
+        return [torch.tensor(float(not convex), dtype=torch.float64, device="cpu")]
+
+    def _in_outputs(self, batch: Batch) -> OutputCurvature:
+        with torch.no_grad():
+            outputs = self.problem.outputs({}, batch)
+        return OutputCurvature.of(self.problem.objective, outputs, batch)
 
     def diagonal(self) -> Float[Tensor, " P"]:
         """``1/N Σ_i Σ_cd H_i[c, d] J_i[c]∘J_i[d]``, from per-sample Jacobians within the budget."""

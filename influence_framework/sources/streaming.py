@@ -35,6 +35,7 @@ class _Cache:
     versions: list[int] = field(default_factory=list)
     cover: Cover | None = None
     chained: bool = True
+    semidefinite: bool | None = None
 
     def to(self, device: Any) -> _Cache:
         return _Cache()

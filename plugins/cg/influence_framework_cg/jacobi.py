@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence_framework.errors import InvalidInputError, NonFiniteError
-from influence_framework.inverses import Inverse, approximation
-from influence_framework.protocols import Diagonal, LinearOperator, SavedState, Solution
+from influence_framework.inverses import Inverse, make_solution, relative_residuals
+from influence_framework.protocols import Diagonal, LinearOperator, SavedState, Solution, StopReason
 
 PROBES_A_PRODUCT = 32
 
@@ -100,7 +100,10 @@ class JacobiInverse(Inverse):
         return columns / (self.magnitude + self.regularization)[:, None]
 
     def _solve(self, columns: Float[Tensor, "P k"]) -> Solution:
-        return approximation(self._matmat(columns))
+        value = self._matmat(columns)
+        # A diagonal shows no negative eigenvalue: what they make of the solution, only the residual tells.
+        residual = relative_residuals(self.base, self.regularization, value, columns)
+        return make_solution(value, residual, [StopReason.APPROXIMATION] * columns.shape[1])
 
     def with_regularization(self, regularization: float) -> JacobiInverse:
         """Another λ over the same diagonal."""

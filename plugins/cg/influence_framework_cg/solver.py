@@ -46,7 +46,8 @@ class CgSolver:
 
     Attributes:
         rtol: Relative tolerance; never taken below ten times the dtype's precision (1e-6 in float32).
-        atol: Absolute tolerance. A right-hand side within it is left at the initial guess.
+        atol: Absolute tolerance. A right-hand side within it is left at the initial guess, and called solved:
+            with gradients of well-fitted samples as small as that, their scores would be zero.
         maxiter: Iteration limit; ``10·P`` where left out.
         preconditioner: A solver whose inverse is one fixed positive definite matrix, such as ``jacobi``.
         x0: Initial guess, ``(P,)`` for every right-hand side or ``(P, k)``; zero where left out.
@@ -59,7 +60,7 @@ class CgSolver:
     refines: ClassVar[bool] = True
 
     rtol: float = 1e-7
-    atol: float = 1e-7
+    atol: float = 0.0
     maxiter: int | None = None
     preconditioner: Solver | None = None
     x0: Float[Tensor, "P *k"] | None = field(default=None, compare=False)

@@ -82,6 +82,13 @@ class EkfacInverse(Inverse):
         parts = [part for part in (*self.eigenvalues().values(), self.rest[1]) if part.numel()]
         return (min(p.min().item() for p in parts), max(p.max().item() for p in parts)) if parts else None
 
+    @property
+    def singular(self) -> bool:
+        if self.regularization or self.definite:
+            return False
+        filters = [self._reciprocal(layer) for layer in self.layers.values()]
+        return any(bool((part == 0).any()) for part in (*filters, self._of_rest(self.dtype)))
+
     def eigenvalues(self) -> Mapping[str, Float[Tensor, "g o e"]]:
         """``Λ`` of every layer."""
         return {name: layer.basis.values for name, layer in self.layers.items()}
@@ -93,15 +100,13 @@ class EkfacInverse(Inverse):
             matrices = rows[:, layer.places].to(layer.basis.outputs.dtype)
             turned = layer.basis.rotate(matrices) * self._reciprocal(layer).to(matrices)
             result[:, layer.places] = layer.basis.rotate_back(turned).to(rows.dtype)
-        index, diagonal = self.rest
+        index, _ = self.rest
         if len(index):
-            result[:, index] = rows[:, index] * reciprocal(
-                diagonal, self.regularization, rows.dtype, definite=self.definite
-            )
+            result[:, index] = rows[:, index] * self._of_rest(rows.dtype)
         return result.T
 
     def _solve(self, columns: Float[Tensor, "P k"]) -> Solution:
-        return approximation(self._matmat(columns), self.spectrum)
+        return approximation(self._matmat(columns), self.spectrum, singular=self.singular)
 
     def with_regularization(self, regularization: float) -> Self:
         """Another λ in the same bases."""
@@ -157,6 +162,9 @@ class EkfacInverse(Inverse):
     def _reciprocal(self, layer: EkfacLayer) -> Float[Tensor, "g o e"]:
         basis = layer.basis
         return reciprocal(basis.values, self.regularization, basis.outputs.dtype, definite=self.definite)
+
+    def _of_rest(self, dtype: torch.dtype) -> Float[Tensor, " r"]:
+        return reciprocal(self.rest[1], self.regularization, dtype, definite=self.definite)
 
     def _filter(self, name: str) -> Filter:
         """``1/(Λ + λ)`` of a layer with its staircase, made once."""

@@ -85,6 +85,7 @@ class KroneckerSolver:
     progress: bool = False
 
     fixed: ClassVar[bool] = True
+    takes_indefinite: ClassVar[bool] = True
     accuracy: ClassVar[None] = None
     requires: ClassVar[tuple[type[Any], ...]] = (LayerStatistics,)
     default_source: ClassVar[str] = "gauss_newton"
