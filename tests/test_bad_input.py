@@ -67,7 +67,7 @@ DATA: dict[str, tuple[Action, str]] = {
         fit(lambda: [(points()[0], torch.tensor(1))]),
         r"without a batch dimension.*unsqueeze\(0\)",
     ),
-    "target is a list": (fit(lambda: [(points()[0], [0, 1, 1, 0])]), "target y must be a tensor, got list"),
+    "target is a list": (fit(lambda: [(points()[0], [0, 1, 1, 0])]), "y holds no tensor, got list"),
     "float32 inputs": (
         fit(changed(0, Tensor.float)),
         r"holds torch.float32, .* torch.float64: .*\.to\(torch.float64",

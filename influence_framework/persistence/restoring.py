@@ -181,6 +181,7 @@ class _Facts:
                 memory_budget=budget,
                 state=random_state(),
                 fingerprint=self.fingerprint,
+                share=self.fingerprint,
                 **self.measured,
             ).validated(self.example, "samples saved with the model")
         if self.example is not None:
