@@ -186,6 +186,16 @@ class Problem:
             raise InvalidInputError(f"A batch of the {what} has no sample.")
         with torch.no_grad(), random_state_kept():
             outputs = self.outputs({}, batch)
+        return self.judged(outputs, batch, what)
+
+    def judged(self, outputs: Tensor, batch: Batch, what: str) -> Self:
+        """Check what the model returned for one batch; return the problem with what was learnt about the loss.
+
+        Raises:
+            InvalidInputError: Wrong outputs or loss.
+            NonFiniteError: NaN or infinity.
+        """
+        size = self.objective.size(batch)
         if outputs.ndim == 0 or outputs.shape[0] != size:
             raise InvalidInputError(
                 f"The model returned shape {tuple(outputs.shape)} for {size} samples: the first dimension "

@@ -63,7 +63,8 @@ class LayerScores:
         scorer = self.fitted.layer_scorer()
         assert scorer is not None
         found = [
-            _total(scorer.with_held(self.held, self.count, batch)) for batch in _checked(self.fitted, block)
+            _total(scorer.with_held(self.held, self.count, batch))
+            for batch in _checked(self.fitted, block, outputs=False)
         ]
         return Computed(torch.cat(found, dim=1), SolveReport())
 
@@ -76,7 +77,9 @@ class SelfScores:
 
     def __call__(self, block: Block) -> Computed:
         log = SolveLog()
-        found = [_total(self.fitted.self_scores(batch, log)) for batch in _checked(self.fitted, block)]
+        outputs = self.fitted.layer_scorer() is None
+        batches = _checked(self.fitted, block, outputs=outputs)
+        found = [_total(self.fitted.self_scores(batch, log)) for batch in batches]
         return Computed(torch.cat(found)[None], log.report())
 
 
@@ -112,7 +115,7 @@ class FactorNorms:
 def query(fitted: Fitted, block: Block, log: SolveLog) -> Job:
     """What scores need of a block of test points: each is solved for once, here."""
     scorer = fitted.layer_scorer()
-    batches = _checked(fitted, block)
+    batches = _checked(fitted, block, outputs=scorer is None)
     if scorer is not None:
         prepared = [sides for batch in batches for _, sides in scorer.prepared(batch)]
         return LayerScores(fitted, scorer.combined(prepared), len(block))
@@ -135,6 +138,6 @@ def _total(by_block: Mapping[str, Tensor]) -> Tensor:
     return torch.stack(list(by_block.values())).sum(0)
 
 
-def _checked(fitted: Fitted, block: Block) -> Iterator[Batch]:
+def _checked(fitted: Fitted, block: Block, *, outputs: bool = True) -> Iterator[Batch]:
     for x, y in block.batches:
-        yield checked_points(fitted, x, y, f"points from {block.start} on")
+        yield checked_points(fitted, x, y, f"points from {block.start} on", outputs=outputs)

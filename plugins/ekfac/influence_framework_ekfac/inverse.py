@@ -133,7 +133,8 @@ class EkfacInverse(Inverse):
             basis = self.layers[name].basis
             # A batch whose forward pass skipped the layer has zero gradients there.
             present = [
-                one.layers.get(name) or Unrotated(basis.outputs.new_zeros(one.size, *basis.values.shape), basis)
+                one.layers.get(name)
+                or Unrotated(basis.outputs.new_zeros(one.size, *basis.values.shape), basis=basis)
                 for one in sides
             ]
             joined[name] = join_sides(present, basis)

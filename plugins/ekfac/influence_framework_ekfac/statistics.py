@@ -18,6 +18,9 @@ WeightSharing = Literal["expand", "reduce"]
 PANEL = 32
 """Columns of the narrowest panel that a symmetric product is cut into."""
 
+ROWS = 4096
+"""Rows of inputs or output gradients whose products are summed in their own precision."""
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """What rotations and products are done in: half precision is too coarse for sums of squares."""
@@ -95,6 +98,9 @@ def gram(rows: Float[Tensor, "g n i"]) -> Float[Tensor, "g i i"]:
 class Covariances:
     """Sums of ``ā āᵀ`` and ``δ δᵀ`` of one layer.
 
+    Sums are held in ``dtype``. Products of a few thousand rows are taken in the precision of these rows,
+    single precision at least, where that is the lower one: their rounding is that of the rows themselves.
+
     With ``"expand"`` every position counts by itself; with ``"reduce"`` a sample's positions are first
     averaged (inputs) and summed (output gradients). Eschenhagen et al. (2023), "Kronecker-Factored
     Approximate Curvature for Modern Neural Network Architectures", §3.
@@ -115,8 +121,7 @@ class Covariances:
         if self.sharing == "reduce":
             deltas = deltas.sum(3, keepdim=True)
         # All draws, samples and positions of a group, one after the other.
-        rows = deltas.transpose(0, 1).flatten(1, 3).to(self.dtype)
-        self.gradient = self.gradient + gram(rows)
+        self.gradient = self.gradient + self._sum(deltas.transpose(0, 1).flatten(1, 3))
         count = batch.size if self.sharing == "reduce" else batch.size * batch.positions
         self.positions += count
         if self.one_hot:
@@ -124,8 +129,15 @@ class Covariances:
             return
         if self.sharing == "reduce":
             inputs = inputs.mean(2, keepdim=True)
-        vectors = inputs.flatten(1, 2).to(self.dtype)
-        self.input = self.input + gram(vectors)
+        self.input = self.input + self._sum(inputs.flatten(1, 2))
+
+    def _sum(self, rows: Float[Tensor, "g n i"]) -> Float[Tensor, "g i i"]:
+        dtype = self.dtype if self.dtype is torch.float32 else compute_dtype(rows.dtype)
+        parts = rows.to(dtype).split(ROWS, dim=1)
+        total = gram(parts[0]).to(self.dtype)
+        for part in parts[1:]:
+            total += gram(part)
+        return total
 
     def _one_hot(self, batch: LayerBatch) -> Float[Tensor, "1 e"]:
         """The diagonal of the covariance of unit vectors, all of it that there is under ``"expand"``."""
