@@ -18,6 +18,9 @@ WeightSharing = Literal["expand", "reduce"]
 PANEL = 32
 """Columns of the narrowest panel that a symmetric product is cut into."""
 
+SMALLEST, LARGEST = 1e-12, 1e12
+"""Between these the largest of some rows has to be for their products to be taken in single precision."""
+
 ROWS = 4096
 """Rows of inputs or output gradients whose products are summed in their own precision."""
 
@@ -99,7 +102,7 @@ class Covariances:
     """Sums of ``ā āᵀ`` and ``δ δᵀ`` of one layer.
 
     Sums are held in ``dtype``. Products of a few thousand rows are taken in the precision of these rows,
-    single precision at least, where that is the lower one: their rounding is that of the rows themselves.
+    single precision at least: they are rounded as the rows themselves are.
 
     With ``"expand"`` every position counts by itself; with ``"reduce"`` a sample's positions are first
     averaged (inputs) and summed (output gradients). Eschenhagen et al. (2023), "Kronecker-Factored
@@ -132,7 +135,10 @@ class Covariances:
         self.input = self.input + self._sum(inputs.flatten(1, 2))
 
     def _sum(self, rows: Float[Tensor, "g n i"]) -> Float[Tensor, "g i i"]:
-        dtype = self.dtype if self.dtype is torch.float32 else compute_dtype(rows.dtype)
+        largest = float(torch.linalg.vector_norm(rows, torch.inf)) if rows.numel() else 0.0
+        # Beyond these bounds squares would overflow in single precision, or vanish.
+        own = compute_dtype(rows.dtype) if SMALLEST < largest < LARGEST else self.dtype
+        dtype = torch.float32 if self.dtype is torch.float32 else own
         parts = rows.to(dtype).split(ROWS, dim=1)
         total = gram(parts[0]).to(self.dtype)
         for part in parts[1:]:
