@@ -15,7 +15,7 @@ from influence_framework.layers import LayerBatch
 from influence_framework.protocols import LinearOperator, SavedState, Solution
 from influence_framework_ekfac.filters import Filter, make_filter
 from influence_framework_ekfac.scores import Sides, Unrotated, join_sides, own_scores, pair_scores, side_of
-from influence_framework_ekfac.statistics import Eigenbasis
+from influence_framework_ekfac.statistics import Eigenbasis, compute_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,18 +142,19 @@ class EkfacInverse(Inverse):
 
     def scores(self, test: Sides, train: Sides) -> Float[Tensor, "m n"]:
         """``g_mᵀ (C + λI)⁻¹ g_n`` of every pair."""
-        total = torch.zeros(test.size, train.size, dtype=self.dtype, device=self.device)
+        # Of many layers, half precision would lose the later ones.
+        total = torch.zeros(test.size, train.size, dtype=compute_dtype(self.dtype), device=self.device)
         for name, side in test.layers.items():
             if name in train.layers:
                 total += pair_scores(side, train.layers[name], self._filter(name), self.budget)
-        return total
+        return total.to(self.dtype)
 
     def self_scores(self, side: Sides) -> Float[Tensor, " n"]:
         """``g_nᵀ (C + λI)⁻¹ g_n`` of every sample, without any pair."""
-        total = torch.zeros(side.size, dtype=self.dtype, device=self.device)
+        total = torch.zeros(side.size, dtype=compute_dtype(self.dtype), device=self.device)
         for name, one in side.layers.items():
             total += own_scores(one, self._reciprocal(self.layers[name]), self.budget)
-        return total
+        return total.to(self.dtype)
 
     def _reciprocal(self, layer: EkfacLayer) -> Float[Tensor, "g o e"]:
         basis = layer.basis
