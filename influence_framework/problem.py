@@ -39,7 +39,10 @@ DEFAULT_MEMORY_BUDGET = 256 * 2**20
 """Bytes that caches and intermediate results may take beside the model, the data and the results."""
 
 TRIAL = 32
-"""Samples that are tried beforehand: enough for a batch, few enough to cost nothing."""
+"""Samples that are tried beforehand: enough for a batch, few enough to cost nothing ..."""
+
+TRIAL_FLOPS = 2**29
+"""... unless a forward pass over them takes more than this: then fewer, but at least four."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,13 +166,16 @@ class Problem:
 
     def _tried(self, batch: Batch) -> Self:
         """What the first samples tell: that each is on its own, what one costs, and which derivatives exist."""
+        pair = take(batch, slice(0, 2))
+        flops = self._forward_flops(pair) // self.objective.size(pair)
+        batch = take(batch, slice(0, max(4, TRIAL_FLOPS // max(1, flops))))
         self._check_one_sample_at_a_time(batch)
         size = self.objective.size(batch)
         tried = replace(
             self,
             example=map_leaves(torch.clone, batch),
             sample_bytes=self._activation_bytes(batch) // size + 1,
-            sample_flops=self._forward_flops(batch) // size,
+            sample_flops=flops,
         )
         return replace(tried, twice_differentiable=tried._has_second_derivatives())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Self, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from influence_framework.inverses import Inverse, approximation
 from influence_framework.layers import LayerBatch
-from influence_framework.protocols import LinearOperator, SavedState, Solution
+from influence_framework.protocols import LayerStatistics, LinearOperator, SavedState, Solution
 from influence_framework_ekfac.filters import Filter, make_filter
 from influence_framework_ekfac.scores import Sides, Unrotated, join_sides, own_scores, pair_scores, side_of
 from influence_framework_ekfac.statistics import Eigenbasis, compute_dtype
@@ -76,6 +76,24 @@ class EkfacInverse(Inverse):
     def scores_layers(self) -> bool:
         """Whether all parameters are in layers, so that scores need no per-sample gradient."""
         return len(self.rest[0]) == 0
+
+    @property
+    def coverage(self) -> str:
+        """What fraction of the parameters is in Kronecker factors, how, and what became of the rest.
+
+        A line for each layer with its parameters, its form and the shape ``groups x outputs x inputs`` of its
+        gradient, and one for each parameter outside with the reason.
+        """
+        found = cast(LayerStatistics, self.base).cover()
+        size = self.shape[0]
+        covered = size - len(self.rest[0])
+        fate = "its diagonal curvature" if self.rest[1].any() else "λ alone"
+        lines = [f"{covered} of {size} parameters ({covered / size:.1%}) are in Kronecker factors."]
+        for layer in found.layers:
+            shape = " x ".join(map(str, layer.form.places.shape))
+            lines.append(f"{', '.join(layer.parts.values())}: {type(layer.form).__name__}, {shape}")
+        lines += [f"{name}: {fate}; {reason}" for name, reason in found.uncovered.items()]
+        return "\n".join(lines)
 
     @property
     def spectrum(self) -> tuple[float, float] | None:
