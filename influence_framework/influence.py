@@ -147,7 +147,7 @@ class TorchInfluenceFunctionModel(ComposedModel):
     def self_influences_by_block(self, x: Any, y: Any) -> dict[str, Tensor]:
         """Each block's part of :meth:`self_influences`; they add up to it."""
         fitted = self.fitted
-        batch = checked_points(fitted, x, y, "points")
+        batch = checked_points(fitted, x, y, "points", outputs=fitted.layer_scorer() is None)
         with self.solving() as log:
             return fitted.self_scores(batch, log)
 

@@ -111,12 +111,17 @@ class LayerScorer:
 
     def _sides(self, batch: Batch) -> dict[str, Any]:
         every = [layer for layers in self.layers.values() for layer in layers]
-        found = layer_batch(self.problem, every, batch, true_gradients(self.problem))
+        found = layer_batch(self.problem, every, batch, self._checked_gradients)
         size = self.problem.objective.size(batch)
         return {
             name: inverse.side({x.name: found[x] for x in self.layers[name] if x in found}, size)
             for name, inverse in self.inverses.items()
         }
+
+    def _checked_gradients(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Gradients of the losses in the outputs, of points whose outputs nobody has looked at yet."""
+        self.problem.judged(outputs, batch, "points")
+        return true_gradients(self.problem)(outputs, batch)
 
     def _held(self, batch: Batch) -> Iterator[tuple[Sides, int]]:
         """The samples of one side with their number, as many at a time as half the budget holds."""

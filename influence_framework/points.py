@@ -13,8 +13,16 @@ from influence_framework.fitted import Fitted
 from influence_framework.protocols import InfluenceMode
 
 
-def checked_points(fitted: Fitted, x: Any, y: Any, what: str) -> Batch:
+def checked_points(fitted: Fitted, x: Any, y: Any, what: str, *, outputs: bool = True) -> Batch:
     """The points ``(x, y)``: finite, of the model's dtype and device, and the model as it was at the fit.
+
+    Args:
+        fitted: What they are asked of.
+        x: Inputs.
+        y: Targets.
+        what: What they are, for messages.
+        outputs: Whether to check the model's outputs and the losses too, at a forward pass; not where the pass
+            that uses the points does, :class:`LayerScorer`'s.
 
     Raises:
         InvalidInputError: What does not fit, with the remedy.
@@ -27,7 +35,8 @@ def checked_points(fitted: Fitted, x: Any, y: Any, what: str) -> Batch:
     check_model(problem.model)
     check_unchanged(problem.model, fitted.state)
     check_leaves(batch, problem.parameters, what)
-    for piece in split(batch, problem.objective.size(batch), problem.max_batch):
+    size = problem.objective.size(batch)
+    for piece in split(batch, size, problem.max_batch) if outputs or not size else ():
         problem.validated(piece, what)
     return detached(batch)
 
@@ -41,13 +50,14 @@ def checked_pairs(
         InvalidInputError: What does not fit, with the remedy.
     """
     mode = InfluenceMode.parse(mode)
-    test = checked_points(fitted, x_test, y_test, "test data")
+    outputs = mode is not InfluenceMode.Up or fitted.layer_scorer() is None
+    test = checked_points(fitted, x_test, y_test, "test data", outputs=outputs)
     if (x is None) != (y is None):
         given, missing = ("x", "y") if y is None else ("y", "x")
         raise InvalidInputError(
             f"Got {given} without {missing}: pass both, or neither to score the test points on each other."
         )
-    train = test if x is None else checked_points(fitted, x, y, "training points")
+    train = test if x is None else checked_points(fitted, x, y, "training points", outputs=outputs)
     if mode is InfluenceMode.Perturbation:
         check_differentiable(train)
     return mode, test, train

@@ -32,7 +32,7 @@ BLOCKS = 8
 PRODUCTS = 32
 """Lanczos steps at most in all blocks together."""
 
-SHARE = 3
+SHARE = 12
 """Samples of the training data for each product with one sample ..."""
 
 FREE_FLOPS = 2**28
@@ -156,7 +156,7 @@ class Preflight:
         """Look at the parameters and at the spectrum of each block, and warn of what cannot be meant.
 
         Eigenvalues are Ritz values of the source's own operator on the first samples of the data: of 256 at
-        most, of fewer where that would take more than one product with a sample for three samples of the
+        most, of fewer where that would take more than one product with a sample for twelve samples of the
         data, from four to six Lanczos steps in each of the eight largest blocks (twenty where an eigenvalue is
         negative): a few per cent of a fit of Kronecker factors. Few samples make the largest eigenvalue larger
         than it is, and data sorted by class shows the curvature of its first classes only.

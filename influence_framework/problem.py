@@ -45,7 +45,10 @@ DEFAULT_MEMORY_BUDGET = 256 * 2**20
 """Bytes that caches and intermediate results may take beside the model, the data and the results."""
 
 TRIAL = 32
-"""Samples that are tried beforehand: enough for a batch, few enough to cost nothing."""
+"""Samples that are tried beforehand: enough for a batch, few enough to cost nothing ..."""
+
+TRIAL_FLOPS = 2**29
+"""... unless a forward pass over them takes more than this: then fewer, but at least four."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,13 +240,16 @@ class Problem:
 
     def _tried(self, batch: Batch) -> Self:
         """What the first samples tell: that each is on its own, what one costs, and which derivatives exist."""
+        pair = take(batch, slice(0, 2))
+        flops = self._forward_flops(pair) // self.objective.size(pair)
+        batch = take(batch, slice(0, max(4, TRIAL_FLOPS // max(1, flops))))
         self._check_one_sample_at_a_time(batch)
         size = self.objective.size(batch)
         tried = replace(
             self,
             example=map_leaves(torch.clone, batch),
             sample_bytes=self._activation_bytes(batch) // size + 1,
-            sample_flops=self._forward_flops(batch) // size,
+            sample_flops=flops,
         )
         return replace(tried, twice_differentiable=tried._has_second_derivatives())
 
@@ -260,6 +266,16 @@ class Problem:
             raise InvalidInputError(f"A batch of the {what} has no sample.")
         with torch.no_grad(), random_state_kept():
             outputs = self.outputs({}, batch)
+        return self.judged(outputs, batch, what)
+
+    def judged(self, outputs: Tensor, batch: Batch, what: str) -> Self:
+        """Check what the model returned for one batch; return the problem with what was learnt about the loss.
+
+        Raises:
+            InvalidInputError: Wrong outputs or loss.
+            NonFiniteError: NaN or infinity.
+        """
+        size = self.objective.size(batch)
         if outputs.ndim == 0 or outputs.shape[0] != size:
             raise InvalidInputError(
                 f"The model returned shape {tuple(outputs.shape)} for {size} samples: the first dimension "

@@ -70,7 +70,8 @@ class LayerScores:
         scorer = self.fitted.layer_scorer()
         assert scorer is not None
         found = [
-            _total(scorer.with_held(self.held, self.count, batch)) for batch in _checked(self.fitted, block)
+            _total(scorer.with_held(self.held, self.count, batch))
+            for batch in _checked(self.fitted, block, outputs=False)
         ]
         return Computed(torch.cat(found, dim=1), SolveReport())
 
@@ -88,7 +89,9 @@ class SelfScores:
 
     def __call__(self, block: Block) -> Computed:
         log = SolveLog()
-        found = [_total(self.fitted.self_scores(batch, log)) for batch in _checked(self.fitted, block)]
+        outputs = self.fitted.layer_scorer() is None
+        batches = _checked(self.fitted, block, outputs=outputs)
+        found = [_total(self.fitted.self_scores(batch, log)) for batch in batches]
         return Computed(torch.cat(found)[None], log.report())
 
 
@@ -152,7 +155,7 @@ class Preparation:
     def __call__(self, block: Block) -> Prepared:
         log = SolveLog()
         scorer = self.fitted.layer_scorer()
-        batches = _checked(self.fitted, block)
+        batches = _checked(self.fitted, block, outputs=scorer is None)
         if scorer is not None:
             return Prepared(scorer.combined([s for b in batches for _, s in scorer.prepared(b)]), log.report())
         factors = [self.fitted.assemble(self.fitted.factors(batch, log)) for batch in batches]
@@ -192,6 +195,6 @@ def _total(by_block: Mapping[str, Tensor]) -> Tensor:
     return torch.stack(list(by_block.values())).sum(0)
 
 
-def _checked(fitted: Fitted, block: Block) -> Iterator[Batch]:
+def _checked(fitted: Fitted, block: Block, *, outputs: bool = True) -> Iterator[Batch]:
     for x, y in block.batches:
-        yield checked_points(fitted, x, y, f"points from {block.start} on")
+        yield checked_points(fitted, x, y, f"points from {block.start} on", outputs=outputs)

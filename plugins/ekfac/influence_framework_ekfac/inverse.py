@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Self, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from influence_framework.inverses import Inverse, approximation
 from influence_framework.layers import LayerBatch
-from influence_framework.protocols import LinearOperator, SavedState, Solution
+from influence_framework.protocols import LayerStatistics, LinearOperator, SavedState, Solution
 from influence_framework_ekfac.filters import Filter, make_filter
 from influence_framework_ekfac.scores import Sides, Unrotated, join_sides, own_scores, pair_scores, side_of
-from influence_framework_ekfac.statistics import Eigenbasis
+from influence_framework_ekfac.statistics import Eigenbasis, compute_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +78,24 @@ class EkfacInverse(Inverse):
         return len(self.rest[0]) == 0
 
     @property
+    def coverage(self) -> str:
+        """What fraction of the parameters is in Kronecker factors, how, and what became of the rest.
+
+        A line for each layer with its parameters, its form and the shape ``groups x outputs x inputs`` of its
+        gradient, and one for each parameter outside with the reason.
+        """
+        found = cast(LayerStatistics, self.base).cover()
+        size = self.shape[0]
+        covered = size - len(self.rest[0])
+        fate = "its diagonal curvature" if self.rest[1].any() else "λ alone"
+        lines = [f"{covered} of {size} parameters ({covered / size:.1%}) are in Kronecker factors."]
+        for layer in found.layers:
+            shape = " x ".join(map(str, layer.form.places.shape))
+            lines.append(f"{', '.join(layer.parts.values())}: {type(layer.form).__name__}, {shape}")
+        lines += [f"{name}: {fate}; {reason}" for name, reason in found.uncovered.items()]
+        return "\n".join(lines)
+
+    @property
     def spectrum(self) -> tuple[float, float] | None:
         parts = [part for part in (*self.eigenvalues().values(), self.rest[1]) if part.numel()]
         return (min(p.min().item() for p in parts), max(p.max().item() for p in parts)) if parts else None
@@ -138,7 +156,8 @@ class EkfacInverse(Inverse):
             basis = self.layers[name].basis
             # A batch whose forward pass skipped the layer has zero gradients there.
             present = [
-                one.layers.get(name) or Unrotated(basis.outputs.new_zeros(one.size, *basis.values.shape), basis)
+                one.layers.get(name)
+                or Unrotated(basis.outputs.new_zeros(one.size, *basis.values.shape), basis=basis)
                 for one in sides
             ]
             joined[name] = join_sides(present, basis)
@@ -146,18 +165,19 @@ class EkfacInverse(Inverse):
 
     def scores(self, test: Sides, train: Sides) -> Float[Tensor, "m n"]:
         """``g_mᵀ (C + λI)⁻¹ g_n`` of every pair."""
-        total = torch.zeros(test.size, train.size, dtype=self.dtype, device=self.device)
+        # Of many layers, half precision would lose the later ones.
+        total = torch.zeros(test.size, train.size, dtype=compute_dtype(self.dtype), device=self.device)
         for name, side in test.layers.items():
             if name in train.layers:
                 total += pair_scores(side, train.layers[name], self._filter(name), self.budget)
-        return total
+        return total.to(self.dtype)
 
     def self_scores(self, side: Sides) -> Float[Tensor, " n"]:
         """``g_nᵀ (C + λI)⁻¹ g_n`` of every sample, without any pair."""
-        total = torch.zeros(side.size, dtype=self.dtype, device=self.device)
+        total = torch.zeros(side.size, dtype=compute_dtype(self.dtype), device=self.device)
         for name, one in side.layers.items():
             total += own_scores(one, self._reciprocal(self.layers[name]), self.budget)
-        return total
+        return total.to(self.dtype)
 
     def _reciprocal(self, layer: EkfacLayer) -> Float[Tensor, "g o e"]:
         basis = layer.basis

@@ -18,6 +18,12 @@ WeightSharing = Literal["expand", "reduce"]
 PANEL = 32
 """Columns of the narrowest panel that a symmetric product is cut into."""
 
+SMALLEST, LARGEST = 1e-12, 1e12
+"""Between these the largest of some rows has to be for their products to be taken in single precision."""
+
+ROWS = 4096
+"""Rows of inputs or output gradients whose products are summed in their own precision."""
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """What rotations and products are done in: half precision is too coarse for sums of squares."""
@@ -95,6 +101,9 @@ def gram(rows: Float[Tensor, "g n i"]) -> Float[Tensor, "g i i"]:
 class Covariances:
     """Sums of ``ā āᵀ`` and ``δ δᵀ`` of one layer, and the number of positions.
 
+    Sums are held in ``dtype``. Products of a few thousand rows are taken in the precision of these rows,
+    single precision at least: they are rounded as the rows themselves are.
+
     With ``"expand"`` every position counts by itself; with ``"reduce"`` a sample's positions are first
     averaged (inputs) and summed (output gradients). Eschenhagen et al. (2023), "Kronecker-Factored
     Approximate Curvature for Modern Neural Network Architectures", §3.
@@ -119,17 +128,26 @@ class Covariances:
         if self.sharing == "reduce":
             deltas = deltas.sum(3, keepdim=True)
         # All draws, samples and positions of a group, one after the other.
-        rows = deltas.transpose(0, 1).flatten(1, 3).to(self.dtype)
         outer, inner, positions = self.sums
-        outer += gram(rows)
+        outer += self._sum(deltas.transpose(0, 1).flatten(1, 3))
         positions += batch.size if self.sharing == "reduce" else batch.size * batch.positions
         if self.one_hot:
             inner += self._one_hot(batch)
             return
         if self.sharing == "reduce":
             inputs = inputs.mean(2, keepdim=True)
-        vectors = inputs.flatten(1, 2).to(self.dtype)
-        inner += gram(vectors)
+        inner += self._sum(inputs.flatten(1, 2))
+
+    def _sum(self, rows: Float[Tensor, "g n i"]) -> Float[Tensor, "g i i"]:
+        largest = float(torch.linalg.vector_norm(rows, torch.inf)) if rows.numel() else 0.0
+        # Beyond these bounds squares would overflow in single precision, or vanish.
+        own = compute_dtype(rows.dtype) if SMALLEST < largest < LARGEST else self.dtype
+        dtype = torch.float32 if self.dtype is torch.float32 else own
+        parts = rows.to(dtype).split(ROWS, dim=1)
+        total = gram(parts[0]).to(self.dtype)
+        for part in parts[1:]:
+            total += gram(part)
+        return total
 
     def _one_hot(self, batch: LayerBatch) -> Float[Tensor, "1 e"]:
         """The diagonal of the covariance of unit vectors, all of it that there is under ``"expand"``."""
