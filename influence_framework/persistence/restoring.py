@@ -59,7 +59,7 @@ def load(
         model: The trained model, with the same parameters, on whatever device.
         loss: The loss or objective that the model was fitted with; checked on two samples in the folder.
         data: The training data, checked to be what the model was fitted to, in whatever order. Needed where
-            every solve multiplies with the curvature (``cg``, ``lissa``, ``refine``); elsewhere only for
+            every solve multiplies with the curvature (``cg``, ``jacobi``, ``lissa``, ``refine``); elsewhere only for
             bounds, residuals and what is fitted again.
         registry: Where names are looked up.
 

@@ -92,6 +92,8 @@ class JacobiInverse(Inverse):
         magnitude: ``|diag C|``, exact or estimated.
     """
 
+    multiplies: ClassVar[bool] = True
+
     base: LinearOperator
     regularization: float
     magnitude: Float[Tensor, " P"]
