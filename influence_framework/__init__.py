@@ -12,13 +12,14 @@ A positive score means that up-weighting the training point lowers the test loss
 training points changes the test loss by about +score/n.
 """
 
-from influence_framework.attribution import Executor, Output, Scored, attribute
+from influence_framework.attribution import Output, Scored, attribute
 from influence_framework.bounds import BoundedScores
 from influence_framework.bridges import from_scipy, to_scipy
 from influence_framework.compose import compose
 from influence_framework.errors import (
     ConvergenceError,
     ConvergenceWarning,
+    DistributedError,
     IndefiniteOperatorWarning,
     InfluenceError,
     InvalidInputError,
@@ -54,11 +55,13 @@ from influence_framework.operators import (
     Operator,
 )
 from influence_framework.parameters import Blocks, ParameterSpace
+from influence_framework.persistence.restoring import load
 from influence_framework.preflight import BlockPreflight, Preflight
 from influence_framework.problem import Problem
 from influence_framework.protocols import (
     Dense,
     Diagonal,
+    Executor,
     HessianSource,
     InfluenceFunctionModel,
     InfluenceMode,
@@ -68,8 +71,11 @@ from influence_framework.protocols import (
     LayerStatistics,
     LinearOperator,
     Minibatches,
+    Persistent,
     Preconditioning,
     Reregularizable,
+    Restoring,
+    SavedState,
     Solution,
     Solver,
     StopReason,
@@ -79,7 +85,14 @@ from influence_framework.protocols import (
 )
 from influence_framework.query_factors import QueryFactors
 from influence_framework.refinement import RefinedSolver
-from influence_framework.registry import Registry, default_registry, hessian_sources, objectives, solvers
+from influence_framework.registry import (
+    Registry,
+    default_registry,
+    executors,
+    hessian_sources,
+    objectives,
+    solvers,
+)
 from influence_framework.regularization import RelativeRegularization
 from influence_framework.reports import BlockReport, SolveReport
 
@@ -97,6 +110,7 @@ __all__ = [
     "Dense",
     "DenseOperator",
     "Diagonal",
+    "DistributedError",
     "Executor",
     "HessianSource",
     "IndefiniteOperatorWarning",
@@ -122,6 +136,7 @@ __all__ = [
     "OutOfMemoryError",
     "Output",
     "ParameterSpace",
+    "Persistent",
     "PluginConflictError",
     "PluginError",
     "Pointing",
@@ -135,6 +150,8 @@ __all__ = [
     "Registry",
     "RelativeRegularization",
     "Reregularizable",
+    "Restoring",
+    "SavedState",
     "Scored",
     "Seq2SeqLM",
     "SequenceClassification",
@@ -155,9 +172,11 @@ __all__ = [
     "attribute",
     "compose",
     "default_registry",
+    "executors",
     "from_scipy",
     "hessian_sources",
     "hookimpl",
+    "load",
     "objectives",
     "register_layer",
     "solvers",

@@ -13,6 +13,8 @@ from torch import Tensor
 from influence_framework.data import Batch
 from influence_framework.errors import InvalidInputError
 from influence_framework.fitted import SOLVE_COPIES, Fitted, FittedBlock
+from influence_framework.gradients import mixed_norms
+from influence_framework.protocols import InfluenceMode
 from influence_framework.solving import SolveLog
 
 ROUNDING = 16.0
@@ -23,13 +25,13 @@ class BoundedScores(NamedTuple):
     """Scores and bounds on their errors.
 
     Attributes:
-        scores: ``(n_test, n_train)``.
-        bounds: ``(n_test, n_train)``; none of the scores is farther than this from
-            ``gᵢᵀ (C + λI)⁻¹ gⱼ`` of the gradients and the curvature that this dtype computes.
+        scores: ``(n_test, n_train)``, in mode Perturbation ``(n_test, n_train, *features)``.
+        bounds: Of the same shape; none of the scores is farther than this from ``gᵢᵀ (C + λI)⁻¹ gⱼ``, or
+            ``gᵢᵀ (C + λI)⁻¹ ∇ₓgⱼ``, of the gradients and the curvature that this dtype computes.
     """
 
-    scores: Float[Tensor, "m n"]
-    bounds: Float[Tensor, "m n"]
+    scores: Float[Tensor, "m n *features"]
+    bounds: Float[Tensor, "m n *features"]
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,7 @@ def bounded_scores(fitted: Fitted, test: Batch, train: Batch, log: SolveLog) -> 
         InvalidInputError: A block has no lower bound: its source does not claim to be positive semidefinite,
             or λ is 0.
     """
-    for block in fitted.blocks.values():
-        _check_bounded(block)
-    largest = {
-        name: fitted.scales[name].mean_eigenvalue * block.operator.shape[0] + block.regularization
-        for name, block in fitted.blocks.items()
-    }
+    largest = _largest(fitted)
     rows = []
     for left in fitted.gradients(test, copies=2 * SOLVE_COPIES):
         sides = {name: _Side.of(block, left, largest[name], log) for name, block in fitted.blocks.items()}
@@ -104,6 +101,54 @@ def bounded_scores(fitted: Fitted, test: Batch, train: Batch, log: SolveLog) -> 
             pieces.append(BoundedScores(*map(_total, zip(*parts, strict=True))))
         rows.append(BoundedScores(*(torch.cat(part, dim=1) for part in zip(*pieces, strict=True))))
     return BoundedScores(*map(torch.cat, zip(*rows, strict=True)))
+
+
+def bounded_perturbations(fitted: Fitted, test: Batch, train: Batch, log: SolveLog) -> BoundedScores:
+    """Scores of mode Perturbation and bounds on their errors, summed over blocks.
+
+    With the solution ``x̂ᵢ`` for a test point, its residual ``rᵢ`` and the derivative ``m`` of a training
+    point's gradient with respect to one feature of its input::
+
+        |gᵢᵀ A⁻¹ m − x̂ᵢ·m| = |rᵢᵀ A⁻¹ m| ≤ ‖rᵢ‖ ‖m‖ / μ
+
+    Only test points are solved for, so that nothing corrects the scores, and the bound is of first order in
+    the residual. It costs the norm of every ``m``: for each training point a derivative of its gradient
+    along every feature.
+
+    Args:
+        fitted: Operators and inverses.
+        test: Points that are solved for.
+        train: Points whose inputs are varied.
+        log: Where the solves are noted.
+
+    Raises:
+        InvalidInputError: A block has no lower bound, as for :func:`bounded_scores`.
+    """
+    largest = _largest(fitted)
+    norms = mixed_norms({name: block.index for name, block in fitted.blocks.items()}, fitted.problem, train)
+    pieces = []
+    for gradients in fitted.gradients(test, copies=2 * SOLVE_COPIES):
+        sides = {name: _Side.of(block, gradients, largest[name], log) for name, block in fitted.blocks.items()}
+        values = {name: side.values for name, side in sides.items()}
+        scores = fitted.contract(values, train, InfluenceMode.Perturbation)
+        bounds = []
+        for name, side in sides.items():
+            remains = (_norms(side.residuals) + side.rounding) / fitted.blocks[name].regularization
+            remains += ROUNDING * torch.finfo(gradients.dtype).eps * _norms(side.values)
+            bound = torch.outer(remains, norms[name].flatten()).reshape(len(remains), *norms[name].shape)
+            bounds.append(bound.to(gradients.dtype))
+        pieces.append(BoundedScores(_total(scores.values()), _total(bounds)))
+    return BoundedScores(*map(torch.cat, zip(*pieces, strict=True)))
+
+
+def _largest(fitted: Fitted) -> dict[str, float]:
+    """The trace of every block's ``C + λI``; an error where nothing bounds its eigenvalues from below."""
+    for block in fitted.blocks.values():
+        _check_bounded(block)
+    return {
+        name: fitted.scales[name].mean_eigenvalue * block.operator.shape[0] + block.regularization
+        for name, block in fitted.blocks.items()
+    }
 
 
 def _check_bounded(block: FittedBlock) -> None:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
-from typing import Any, cast, get_args, get_type_hints
+from typing import cast
 
 from torch import nn
 
-from influence_framework.errors import InvalidInputError, UnknownOptionError
+from influence_framework.errors import InvalidInputError
 from influence_framework.influence import TorchInfluenceFunctionModel
 from influence_framework.objective import Loss, Objective
 from influence_framework.problem import DEFAULT_MEMORY_BUDGET
 from influence_framework.protocols import HessianSource, Solver
 from influence_framework.refinement import RefinedSolver
-from influence_framework.registry import KINDS, Kind, Method, Registry, default_registry
+from influence_framework.registry import Registry, default_registry
 from influence_framework.regularization import Regularization
+from influence_framework.specs import Spec, resolve
 
-Spec = str | Mapping[str, Any]
+__all__ = ["DEFAULT_SOURCE", "Spec", "compose", "resolve", "resolve_source"]
+
 DEFAULT_SOURCE = "gauss_newton"
 
 
@@ -98,61 +97,3 @@ def resolve_source(source: Spec | HessianSource, *, precompute_grad: bool) -> He
         f"precompute_grad=True goes with a source given by name; set it on the instance: "
         f"{type(source).__name__}(precompute_grad=True)."
     )
-
-
-def resolve(kind: Kind, spec: Any, registry: Registry = default_registry) -> Any:
-    """The solver, source or objective that ``spec`` (a name, a mapping or an instance) stands for."""
-    _, required, label = KINDS[kind]
-    if isinstance(spec, str):
-        return registry.lookup(kind, spec).create()
-    if isinstance(spec, Mapping):
-        if "name" not in spec:
-            raise UnknownOptionError(
-                f"A {label} given as a mapping needs the key 'name', got {sorted(map(str, spec))}."
-            )
-        method = registry.lookup(kind, spec["name"])
-        options = {option: value for option, value in spec.items() if option != "name"}
-        return method.create(**_resolve_nested(method, options, registry))
-    if inspect.isclass(spec):
-        raise InvalidInputError(
-            f"Got the class {spec.__qualname__} as {label}: pass an instance, {spec.__qualname__}(...)."
-        )
-    if not callable(getattr(spec, required, None)):
-        raise InvalidInputError(
-            f"Expected a {label} as a name, a mapping with 'name', or an instance with {required!r}, got "
-            f"{type(spec).__name__}."
-        )
-    return spec
-
-
-def _resolve_nested(method: Method, options: dict[str, Any], registry: Registry) -> dict[str, Any]:
-    """Replace names and mappings in options that are annotated as solvers by instances."""
-    nested = _solver_options(method.cls)
-    return {
-        option: resolve("solver", value, registry)
-        if option in nested and isinstance(value, str | Mapping)
-        else value
-        for option, value in options.items()
-    }
-
-
-def _solver_options(cls: type[Any]) -> set[str]:
-    """The options annotated as solvers, be it on the class, on a base or on ``__init__``."""
-    return {
-        name
-        for owner in (*cls.__mro__, cls.__init__)
-        for name, annotation in inspect.get_annotations(owner).items()
-        if _is_solver(annotation, owner)
-    }
-
-
-def _is_solver(annotation: Any, owner: Any) -> bool:
-    module = sys.modules.get(owner.__module__)
-    namespace = getattr(owner, "__globals__", None) or vars(module or object)
-    alone = SimpleNamespace(__annotations__={"option": annotation})
-    try:
-        # One by one, since an annotation that exists for the type checker alone cannot be looked up.
-        hint = get_type_hints(alone, globalns=dict(namespace))["option"]
-    except (NameError, TypeError, AttributeError, SyntaxError):
-        return False
-    return Solver in (hint, *get_args(hint))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Self
 
 import torch
@@ -11,17 +12,21 @@ from torch import nn
 
 from influence_framework.data import Batch, random_state_kept
 from influence_framework.devices import to_device
-from influence_framework.errors import InvalidInputError, NotFittedError
+from influence_framework.errors import InvalidInputError, MissingCapabilityError, NotFittedError
 from influence_framework.fitted import Fitted
 from influence_framework.memory import advises_on_memory
 from influence_framework.objective import Loss, Objective
 from influence_framework.parameters import Blocks
+from influence_framework.persistence.saving import save
 from influence_framework.preflight import Preflight
 from influence_framework.problem import DEFAULT_MEMORY_BUDGET, Problem
-from influence_framework.protocols import HessianSource, InverseOperator, Solver
+from influence_framework.processes import Processes
+from influence_framework.protocols import Executor, Fitting, HessianSource, InverseOperator, Solver
+from influence_framework.registry import Registry, default_registry
 from influence_framework.regularization import Regularization, check_regularization, per_block
 from influence_framework.reports import SolveReport
 from influence_framework.solving import SolveLog, act_on_failures, check_policy
+from influence_framework.specs import Spec, resolve
 
 
 class ComposedModel:
@@ -87,24 +92,41 @@ class ComposedModel:
         return self.fitted.preflight
 
     @advises_on_memory(points=False)
-    def fit(self, data: Iterable[Batch]) -> Self:
+    def fit(
+        self,
+        data: Iterable[Batch],
+        *,
+        executor: Spec | Executor = "sequential",
+        registry: Registry = default_registry,
+    ) -> Self:
         """Read the training data and fit one inverse per block.
 
         Args:
             data: A ``DataLoader`` or any re-iterable of batches ``(x, y)`` of the training data.
+            executor: Where sums over the data are formed: ``"sequential"``, in this process; with
+                ``"torch_distributed"`` each of several processes takes its share of the data. All of them
+                have to make this call and every later one of this model, with the same arguments.
+            registry: Where an executor's name is looked up.
 
         Returns:
             The model itself. If anything raises, what an earlier ``fit`` left stays in force.
 
         Raises:
             InvalidInputError: Data, model, loss, blocks or λ do not fit together.
-            MissingCapabilityError: The solver needs what the source does not offer.
+            MissingCapabilityError: The solver needs what the source does not offer; or the executor cannot fit.
+            DistributedError: Another process failed, or does something else.
 
         Warns:
             PreflightWarning: Parameters that the loss does not depend on; a λ far outside the spectrum.
         """
-        with random_state_kept():
-            problem = Problem.build(self.model, self.loss, data, memory_budget=self.memory_budget)
+        processes = _processes(resolve("executor", executor, registry))
+        with random_state_kept(), nullcontext() if processes is None else processes.together():
+            if processes is not None:
+                processes.check_model(self.model)
+                processes.check_sampler(data)
+            problem = Problem.build(
+                self.model, self.loss, data, memory_budget=self.memory_budget, processes=processes
+            )
             blocks = Blocks.resolve(self.blocks, problem.parameters)
             strengths = per_block(self.hessian_regularization, blocks)
             self._fit = Fitted.fit(problem, blocks, self.source, self.solver, strengths, probe=self._probe)
@@ -124,8 +146,39 @@ class ComposedModel:
         )
         if self._fit is not None:
             strengths = per_block(hessian_regularization, self._fit.blocks)
-            other._fit = self._fit.with_regularization(strengths)
+            with self._fit.problem.together():
+                other._fit = self._fit.with_regularization(strengths)
         return other
+
+    def save(self, folder: str | os.PathLike[str], *, registry: Registry = default_registry) -> None:
+        """Write what was fitted to a folder of safetensors and JSON, for ``influence_framework.load`` to read.
+
+        The folder holds the composition by names and options, λ, the inverse of every block, what is needed to
+        tell the net and the data again, and two training samples, on which the loss is told again. It holds
+        neither the net's parameters nor code. A model saved there before is replaced at once: at every moment
+        the folder holds one of the two, also if this process is killed.
+
+        Args:
+            folder: Made where it does not exist; else it must be empty, or hold a saved model.
+            registry: Where the solver and the source have the names by which they will be looked up.
+
+        Raises:
+            NotFittedError: Before ``fit``.
+            InvalidInputError: The net has changed since the fit; the folder holds something else; an option
+                or method that cannot be written down.
+            MissingCapabilityError: The solver does not take part: see :class:`Persistent`.
+            ModuleNotFoundError: safetensors is not installed.
+        """
+        options = {
+            "solver": self.solver,
+            "source": self.source,
+            "blocks": self.blocks,
+            "hessian_regularization": self.hessian_regularization,
+            "memory_budget": self.memory_budget,
+            "on_failure": self.on_failure,
+            "preflight": self._probe,
+        }
+        save(self.fitted, options, folder, registry)
 
     @advises_on_memory(points=False)
     def to(self, device: torch.device | str) -> Self:
@@ -151,9 +204,19 @@ class ComposedModel:
     def solving(self) -> Iterator[SolveLog]:
         """Collect what is solved within, keep the random state, and act on what failed."""
         log = SolveLog()
-        try:
-            with random_state_kept():
-                yield log
-        finally:
-            self._report = log.report()
-        act_on_failures(self._report, self.on_failure)
+        with self.fitted.problem.together():
+            try:
+                with random_state_kept():
+                    yield log
+            finally:
+                self._report = log.report()
+            act_on_failures(self._report, self.on_failure)
+
+
+def _processes(executor: Executor) -> Processes | None:
+    if isinstance(executor, Fitting):
+        return executor.processes()
+    raise MissingCapabilityError(
+        f"{type(executor).__name__} computes scores and cannot fit: fit with 'sequential' or "
+        "'torch_distributed'."
+    )

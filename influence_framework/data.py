@@ -67,14 +67,14 @@ def split(batch: Batch, size: int, at_most: int) -> Iterator[Batch]:
         yield take(batch, slice(start, start + step))
 
 
-def _layout(batch: Batch) -> Any:
+def layout(batch: Batch) -> Any:
     """What must agree for two batches to be joined."""
     if isinstance(batch, Tensor):
         return (tuple(batch.shape[1:]), batch.dtype, batch.device)
     if isinstance(batch, Mapping):
-        return {key: _layout(value) for key, value in batch.items()}
+        return {key: layout(value) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
-        return (type(batch), [_layout(value) for value in batch])
+        return (type(batch), [layout(value) for value in batch])
     return batch
 
 
@@ -92,7 +92,7 @@ class Joiner:
 
     def add(self, batch: Batch, size: int) -> None:
         """Copy the next batch, of ``size`` samples."""
-        if self._group and (self._size + size > self.at_most or _layout(batch) != _layout(self._group[0])):
+        if self._group and (self._size + size > self.at_most or layout(batch) != layout(self._group[0])):
             self._close()
         # A copy: the caller may write to these tensors later, or fill one buffer again and again.
         self._group.append(map_leaves(torch.clone, batch))
@@ -105,11 +105,12 @@ class Joiner:
 
     def _close(self) -> None:
         if self._group:
-            self._joined += split(_concatenate(self._group), self._size, self.at_most)
+            self._joined += split(concatenate(self._group), self._size, self.at_most)
         self._group, self._size = [], 0
 
 
-def _concatenate(group: Sequence[Batch]) -> Batch:
+def concatenate(group: Sequence[Batch]) -> Batch:
+    """Batches of one layout as one batch."""
     return group[0] if len(group) == 1 else map_leaves(lambda *t: torch.cat(t), *group)
 
 
@@ -159,6 +160,12 @@ class Fingerprint:
             (float(norms.sum()), float(norms.square().sum())),
             precision,
         )
+
+    @classmethod
+    def of_json(cls, values: Mapping[str, Any]) -> Self:
+        """What ``dataclasses.asdict`` made of one, back from JSON."""
+        pairs = {name: tuple(values[name]) for name in ("sums", "scales")}
+        return cls(values["size"], **pairs, precision=values["precision"])
 
     def __add__(self, other: Fingerprint) -> Fingerprint:
         return Fingerprint(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
@@ -52,6 +52,18 @@ class MissingCapabilityError(InfluenceError, TypeError):
 
 class OutOfMemoryError(InfluenceError, MemoryError):
     """There was not enough memory; the message names the options that would help."""
+
+
+class DistributedError(InfluenceError, RuntimeError):
+    """Work that several processes share cannot go on, since one of them failed or does something else.
+
+    Attributes:
+        said: What the processes concerned said, by their numbers.
+    """
+
+    def __init__(self, message: str, said: Mapping[int, str]) -> None:
+        super().__init__(message)
+        self.said = dict(said)
 
 
 class SingularOperatorError(InfluenceError, ArithmeticError):

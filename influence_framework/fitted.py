@@ -34,7 +34,6 @@ from influence_framework.protocols import (
     InfluenceMode,
     InverseOperator,
     JointSolver,
-    LayerStatistics,
     LinearOperator,
     Reregularizable,
     Solution,
@@ -177,9 +176,8 @@ class Fitted:
             require_capabilities(type(solver).__name__, operator, getattr(solver, "requires", ()))
         scales = {name: BlockScale(name, operator) for name, operator in operators.items()}
         strengths = {name: scale.absolute(regularization[name]) for name, scale in scales.items()}
-        # Second moments of gradients, whatever the sign of the operator's own eigenvalues.
-        definite = LayerStatistics in getattr(solver, "requires", ())
-        preflight = Preflight.of(problem, parts, source, strengths, definite=definite, probe=probe)
+        taken = bool(getattr(solver, "takes_indefinite", False))
+        preflight = Preflight.of(problem, parts, source, strengths, taken=taken, probe=probe)
         if isinstance(solver, JointSolver):
             inverses = solver.fit_jointly(operators, strengths)
         else:
@@ -199,6 +197,12 @@ class Fitted:
 
     def _absolute(self, regularization: Mapping[str, Strength]) -> dict[str, float]:
         return {name: scale.absolute(regularization[name]) for name, scale in self.scales.items()}
+
+    @property
+    def divided(self) -> bool:
+        """Whether the training data is divided between processes, so that none of them solves alone."""
+        operators = (block.operator for block in self.blocks.values())
+        return self.problem.processes is not None or any(getattr(o, "divided", False) for o in operators)
 
     def size(self, batch: Batch) -> int:
         """Samples in ``batch``."""

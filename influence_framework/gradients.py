@@ -279,3 +279,43 @@ def _input_derivative(problem: Problem, x: Tensor, y: Any) -> Callable[[Tensor],
         return result.detach()
 
     return derivative
+
+
+def mixed_norms(
+    indices: Mapping[Name, Int[Tensor, " q"] | None], problem: Problem, batch: Batch
+) -> dict[Name, Float[Tensor, "n *features"]]:
+    """``‖∂∇_θ ℓ_j / ∂x_f‖`` of every sample and feature, over the parameters of each name; in float64.
+
+    Sample by sample, with as many features at a time as the budget holds vectors for.
+
+    Args:
+        indices: Positions in the flat vector; ``None`` for all of it.
+        problem: Model and objective.
+        batch: Samples whose input is one floating-point tensor.
+    """
+    problem.require_second_derivatives()
+    x, y = batch
+    leaves = problem.parameters.leaves(problem.model)
+    element, width = x.element_size(), x[0].numel()
+    step = max(1, problem.memory_budget // (4 * problem.parameters.numel * element + 4 * problem.sample_bytes))
+    norms = {name: torch.zeros(len(x), width, dtype=torch.float64, device=x.device) for name in indices}
+    for position in range(len(x)):
+        inputs = x[position : position + 1].detach().requires_grad_()
+        target = take(y, slice(position, position + 1))
+        with torch.enable_grad():
+            loss = problem.mean_loss(leaves, (inputs, target))
+            found = gradients_of(loss, list(leaves.values()))
+            forward = PushForward(problem.parameters.flatten(dict(zip(leaves, found, strict=True))), [inputs])
+        for start in range(0, width, step):
+            count = min(step, width - start)
+            units = x.new_zeros(count, width)
+            units[:, start : start + count].fill_diagonal_(1.0)
+            columns = forward([units.reshape(count, *inputs.shape)])
+            if columns is None:
+                continue
+            for name, index in indices.items():
+                chosen = columns if index is None else columns[:, index]
+                norms[name][position, start : start + count] = torch.linalg.vector_norm(
+                    chosen, dim=1, dtype=torch.float64
+                )
+    return {name: part.reshape(x.shape) for name, part in norms.items()}

@@ -1,4 +1,4 @@
-"""The hooks a plugin implements. A plugin is a module with one or several of these functions.
+"""The hooks a plugin implements. A plugin is a module with one or more of these functions.
 
 It may state the version of this interface that it was written for::
 
@@ -56,4 +56,12 @@ def register_objectives(register: Register) -> None:
 
     The class takes its options as keyword arguments and has the methods of
     :class:`influence_framework.Objective`, ``sample_losses(outputs, batch)`` among them.
+    """
+
+
+@hookspec
+def register_executors(register: Register) -> None:
+    """Announce executors: ``register("name", ExecutorClass)`` for each.
+
+    The class takes its options as keyword arguments and has ``run(job, units)``.
     """

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence_framework.bounds import BoundedScores, bounded_scores
+from influence_framework.bounds import BoundedScores, bounded_perturbations, bounded_scores
 from influence_framework.composed import ComposedModel
 from influence_framework.data import random_state_kept
 from influence_framework.errors import InvalidInputError
@@ -105,13 +105,14 @@ class TorchInfluenceFunctionModel(ComposedModel):
             measurement: ``m(outputs, batch)``, a number for every test point in place of its loss,
                 ``(n_test,)``: a difference of logits, a margin. Scores are then
                 ``∇m(z_test)ᵀ (C + λI)⁻¹ ∇ℓ(z)``; positive: up-weighting the training point lowers ``m``.
-            return_bounds: Correct the scores of mode Up by the residuals of both sides, and bound what error is
-                left: see :func:`influence_framework.bounds.bounded_scores`. Solves for both sides, and needs a
-                positive semidefinite curvature with λ > 0.
+            return_bounds: Bound the error of every score. Needs a positive semidefinite curvature with λ > 0.
+                In mode Up both sides are solved for, and their residuals correct the scores: see
+                :func:`influence_framework.bounds.bounded_scores`. In mode Perturbation it costs a derivative
+                along every feature of every training point.
 
         Returns:
             ``(n_test, n_train)`` in mode Up, ``(n_test, n_train, *features)`` in mode Perturbation; with
-            ``return_bounds`` a :class:`BoundedScores` of scores and bounds, ``(n_test, n_train)`` each.
+            ``return_bounds`` a :class:`BoundedScores` of scores and bounds of that shape.
 
         Raises:
             NotFittedError: Before ``fit``.
@@ -203,7 +204,7 @@ class TorchInfluenceFunctionModel(ComposedModel):
     def self_influences_by_block(self, x: Any, y: Any = None) -> dict[str, Tensor]:
         """Each block's part of :meth:`self_influences`; they add up to it."""
         fitted = self.fitted
-        batch = checked_points(fitted, x, y, "points")
+        batch = checked_points(fitted, x, y, "points", outputs=fitted.layer_scorer() is None)
         with self.solving() as log:
             return fitted.self_scores(batch, log)
 
@@ -395,9 +396,6 @@ class TorchInfluenceFunctionModel(ComposedModel):
     def _bounded(self, x_test: Any, y_test: Any, x: Any, y: Any, mode: InfluenceMode | str) -> BoundedScores:
         fitted = self.fitted
         mode, test, train = checked_pairs(fitted, x_test, y_test, x, y, mode)
-        if mode is not InfluenceMode.Up:
-            raise InvalidInputError(
-                "return_bounds=True bounds scores of mode 'up'; leave it out in the other mode."
-            )
+        bounded = bounded_scores if mode is InfluenceMode.Up else bounded_perturbations
         with self.solving() as log:
-            return bounded_scores(fitted, test, train, log)
+            return bounded(fitted, test, train, log)

@@ -54,6 +54,11 @@ class Inverse(Operator):
         """Smallest and largest curvature that a fixed approximation is made of."""
         return None
 
+    @property
+    def singular(self) -> bool:
+        """Whether a fixed approximation is a pseudo-inverse, which gives nothing in some directions."""
+        return False
+
     @abstractmethod
     def _solve(self, columns: Float[Tensor, "P k"]) -> Solution:
         """Solve for ``(P, k)`` columns, ``k ≥ 1``."""
@@ -107,19 +112,23 @@ def make_solution(
     )
 
 
-def approximation(value: Float[Tensor, "P k"], spectrum: tuple[float, float] | None = None) -> Solution:
+def approximation(
+    value: Float[Tensor, "P k"], spectrum: tuple[float, float] | None = None, *, singular: bool = False
+) -> Solution:
     """The :class:`Solution` of an inverse that is one fixed matrix: its residuals are not measured.
 
     Args:
         value: The columns that it gives.
         spectrum: Smallest and largest curvature that the matrix was made of.
+        singular: Whether it is a pseudo-inverse, which solves for no column with a part outside its span.
     """
+    reason = StopReason.SINGULAR if singular else StopReason.APPROXIMATION
     count = value.shape[1]
     unmeasured = torch.full((count,), float("nan"), dtype=torch.float64, device="cpu")
     curvature = None
     if spectrum is not None:
         curvature = torch.tensor(spectrum, dtype=torch.float64, device="cpu").expand(count, 2)
-    return make_solution(value, unmeasured, [StopReason.APPROXIMATION] * count, curvature=curvature)
+    return make_solution(value, unmeasured, [reason] * count, curvature=curvature)
 
 
 def relative_residuals(
@@ -182,10 +191,12 @@ def describe_failures(
     if not failed:
         return None
     reasons = Counter(solution.reason[index] for index in failed)
-    worst = solution.residual[failed].nan_to_num(nan=float("inf")).max().item()
+    measured = solution.residual[failed]
+    worst = measured.nan_to_num(nan=float("inf")).max().item()
+    how_far = "residuals not measured" if measured.isnan().all() else f"largest relative residual {worst:.1e}"
     names = ", ".join(map(str, failed[:listed])) + (", …" if len(failed) > listed else "")
     causes = "; ".join(f"{count} {reason.value}" for reason, count in reasons.most_common())
     return (
         f"{len(failed)} of {len(solution.reason)} right-hand sides were not solved "
-        f"(columns {names}; largest relative residual {worst:.1e}): {causes}."
+        f"(columns {names}; {how_far}): {causes}."
     )

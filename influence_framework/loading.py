@@ -22,13 +22,21 @@ CORE = "influence-framework"
 UNKNOWN = "unknown"
 """In place of a distribution's name or version that cannot be read."""
 
-Kind = Literal["solver", "source", "objective"]
+Kind = Literal["solver", "source", "objective", "executor"]
 KINDS: Mapping[Kind, tuple[str, str, str]] = {
     "solver": ("register_solvers", "fit", "solver"),
     "source": ("register_hessian_sources", "operator", "curvature source"),
     "objective": ("register_objectives", "sample_losses", "objective"),
+    "executor": ("register_executors", "run", "executor"),
 }
 """For each kind of method: its hook, the method its classes must have, and its name in messages."""
+
+BUILTIN = {
+    "sources": "influence_framework.sources",
+    "objectives": "influence_framework.objectives",
+    "executors": "influence_framework.attribution.executors",
+}
+"""Core's own plugins and their modules."""
 
 REQUIRED: Any = inspect.Parameter.empty
 
@@ -44,11 +52,11 @@ class Option:
 
 @dataclass(frozen=True)
 class Method:
-    """One solver, source or objective that can be composed by name.
+    """One solver, source, objective or executor that can be had by name.
 
     Attributes:
         name: The name it is registered under.
-        kind: ``"solver"``, ``"source"`` or ``"objective"``.
+        kind: ``"solver"``, ``"source"``, ``"objective"`` or ``"executor"``.
         cls: Its class.
         distribution: The distribution that ships it.
         version: That distribution's version.
@@ -92,6 +100,16 @@ class Method:
     def fixed(self) -> bool:
         """Whether it can serve as a preconditioner."""
         return getattr(self.cls, "fixed", False) is True
+
+    @property
+    def refines(self) -> bool:
+        """Whether it can refine the solutions of another solver."""
+        return getattr(self.cls, "refines", False) is True
+
+    @property
+    def takes_indefinite(self) -> bool:
+        """Whether negative eigenvalues are no failure of it."""
+        return getattr(self.cls, "takes_indefinite", False) is True
 
     @property
     def default_source(self) -> str | None:
@@ -159,8 +177,11 @@ def installed_plugins() -> Iterator[Origin]:
         yield found[key]
 
 
-def _field(distribution: metadata.Distribution | None, name: Literal["name", "version"]) -> str:
-    """A field of the metadata, as far as it can be read: an interrupted removal leaves folders without."""
+def _field(distribution: Any, name: Literal["name", "version"]) -> str:
+    """A field of the metadata, as far as it can be read: an interrupted removal leaves folders without.
+
+    Once a backport of ``importlib.metadata`` is imported, as Dask does, distributions are of its class.
+    """
     try:
         return getattr(distribution, name, None) or UNKNOWN
     except Exception:  # what a missing file or field raises depends on the version of Python
@@ -169,14 +190,9 @@ def _field(distribution: metadata.Distribution | None, name: Literal["name", "ve
 
 def builtin_plugins() -> Iterator[Origin]:
     """Core's own methods, which are registered through the same hooks as anyone's."""
-    for name in ("sources", "objectives"):
-        yield Origin(
-            name,
-            CORE,
-            core_version(),
-            f"reinstall it: pip install --force-reinstall {CORE}",
-            partial(importlib.import_module, f"influence_framework.{name}"),
-        )
+    for name, module in BUILTIN.items():
+        removal = f"reinstall it: pip install --force-reinstall {CORE}"
+        yield Origin(name, CORE, core_version(), removal, partial(importlib.import_module, module))
 
 
 def given_plugins(plugins: Mapping[str, Any]) -> Iterator[Origin]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from influence_framework.errors import InvalidInputError, NonFiniteError, SingularOperatorError
 from influence_framework.inverses import Inverse, approximation
-from influence_framework.protocols import LinearOperator, Solution
+from influence_framework.protocols import LinearOperator, SavedState, Solution
 
 NEAR = 1e-3
 """A λ this near, relative to a negative eigenvalue, cancels it: 1/(θ + λ) is then mostly error."""
@@ -85,6 +85,11 @@ class LowRankInverse(Inverse):
     def spectrum(self) -> tuple[float, float] | None:
         return (self.values.min().item(), self.values.max().item()) if len(self.values) else None
 
+    @property
+    def singular(self) -> bool:
+        left_out = not self.tail and len(self.values) < len(self.vectors)
+        return self.regularization == 0 and (left_out or bool(self._null().any()))
+
     def _filters(self) -> tuple[Float[Tensor, " r"], float]:
         """What is applied on the span, and what outside of it."""
         shifted = torch.where(self._null(), 0.0, self.values) + self.regularization
@@ -104,8 +109,18 @@ class LowRankInverse(Inverse):
         return torch.addmm(rest, self.vectors, inside[:, None] * (along + again), beta=outside)
 
     def _solve(self, columns: Float[Tensor, "P k"]) -> Solution:
-        return approximation(self._matmat(columns), self.spectrum)
+        return approximation(self._matmat(columns), self.spectrum, singular=self.singular)
 
     def with_regularization(self, regularization: float) -> Self:
         """Another λ over the same eigenpairs."""
         return replace(self, regularization=regularization)
+
+    def state(self) -> SavedState:
+        """The eigenpairs, and what stands for the rest."""
+        errors = {} if self.errors is None else {"errors": self.errors}
+        return SavedState({"values": self.values, "vectors": self.vectors, **errors}, {"tail": self.tail})
+
+    @classmethod
+    def restored(cls, operator: LinearOperator, regularization: float, state: SavedState, **more: Any) -> Self:
+        """The inverse that ``state`` was taken of; ``more`` are the fields that a subclass adds."""
+        return cls(operator, regularization, **state.tensors, tail=state.values["tail"], **more)

@@ -166,6 +166,12 @@ class SupervisedObjective:
 
     def size(self, batch: Batch) -> int:
         x, y = _pair(batch)
+        for name, part in (("x", x), ("y", y)):
+            if next(leaves(part), None) is None:
+                raise InvalidInputError(
+                    f"{name} holds no tensor, got {type(part).__name__}: convert arrays with torch.as_tensor; "
+                    "points of a DataLoader are scored by inf.attribute."
+                )
         sizes = {tuple(t.shape[:1]) for t in leaves(x)} | {tuple(t.shape[:1]) for t in leaves(y)}
         if () in sizes:
             raise InvalidInputError(
@@ -175,7 +181,7 @@ class SupervisedObjective:
         if len(sizes) != 1:
             raise InvalidInputError(
                 "All tensors of x and y must hold the same number of samples in their first dimension, "
-                f"found shapes x: {_shapes(x)}, y: {_shapes(y)}."
+                f"found shapes x: {_shapes(x)}, y: {_shapes(y)}. One sample alone is x[i : i + 1]."
             )
         return int(sizes.pop()[0])
 

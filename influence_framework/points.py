@@ -15,8 +15,25 @@ from influence_framework.objective import Checking, Pointing
 from influence_framework.protocols import InfluenceMode
 
 
-def checked_points(fitted: Fitted, x: Any, y: Any, what: str, measurement: Measurement | None = None) -> Batch:
+def checked_points(
+    fitted: Fitted,
+    x: Any,
+    y: Any,
+    what: str,
+    measurement: Measurement | None = None,
+    *,
+    outputs: bool = True,
+) -> Batch:
     """The points ``(x, y)``: finite, of the model's dtype and device, and the model as it was at the fit.
+
+    Args:
+        fitted: What they are asked of.
+        x: Inputs.
+        y: Targets.
+        what: What they are, for messages.
+        measurement: What is measured at them in place of the loss.
+        outputs: Whether to check the model's outputs and the losses too, at a forward pass; not where the pass
+            that uses the points does, :class:`LayerScorer`'s.
 
     Raises:
         InvalidInputError: What does not fit, with the remedy.
@@ -34,7 +51,8 @@ def checked_points(fitted: Fitted, x: Any, y: Any, what: str, measurement: Measu
     if isinstance(objective, Checking):
         # Whatever comes of the outputs: the model itself must not be given these.
         objective.check(batch)
-    for piece in split(batch, problem.objective.size(batch), problem.max_batch):
+    size = problem.objective.size(batch)
+    for piece in split(batch, size, problem.max_batch) if outputs or not size else ():
         problem.validated(piece, what)
     return detached(batch)
 
@@ -54,7 +72,8 @@ def checked_pairs(
         InvalidInputError: What does not fit, with the remedy.
     """
     mode = InfluenceMode.parse(mode)
-    test = checked_points(fitted, x_test, y_test, "test data", measurement)
+    outputs = mode is not InfluenceMode.Up or fitted.layer_scorer() is None
+    test = checked_points(fitted, x_test, y_test, "test data", measurement, outputs=outputs)
     alone = isinstance(fitted.problem.objective, Pointing)
     if (x is None) != (y is None) and not (alone and y is None):
         given, missing = ("x", "y") if y is None else ("y", "x")
@@ -64,7 +83,7 @@ def checked_pairs(
     if x is None and measurement is not None:
         # What is measured is no loss: the same points are another thing as training points.
         x, y = x_test, y_test
-    train = test if x is None else checked_points(fitted, x, y, "training points")
+    train = test if x is None else checked_points(fitted, x, y, "training points", outputs=outputs)
     if mode is InfluenceMode.Perturbation:
         check_differentiable(train)
     return mode, test, train

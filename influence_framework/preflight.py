@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ from influence_framework.errors import NonFiniteError, PreflightWarning
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import TRIAL, Problem
 from influence_framework.protocols import HessianSource, LinearOperator
+from influence_framework.solving import warn_caller
 
 SAMPLES = 256
 """Samples at most whose curvature stands for that of all data."""
@@ -23,13 +23,16 @@ SAMPLES = 256
 STEPS = 6
 """Lanczos steps at most in each block."""
 
+CLOSER_LOOK = 20
+"""Lanczos steps at most where a negative eigenvalue is seen: the first few find hardly more than its sign."""
+
 BLOCKS = 8
 """Blocks at most whose spectra are looked at: those with most parameters."""
 
 PRODUCTS = 32
 """Lanczos steps at most in all blocks together."""
 
-SHARE = 3
+SHARE = 12
 """Samples of the training data for each product with one sample ..."""
 
 FREE_FLOPS = 2**28
@@ -57,8 +60,9 @@ class BlockPreflight:
         precision: ``eps`` of the dtype.
         smallest: Smallest eigenvalue found.
         largest: Largest eigenvalue found.
-        indefinite: Whether ``smallest`` is negative beyond rounding, where neither the operator is known to be
-            positive semidefinite nor the solver to make it so.
+        indefinite: Whether ``smallest`` is negative beyond rounding, where the operator is not known to be
+            positive semidefinite.
+        taken: Whether the solver takes negative eigenvalues.
     """
 
     parameters: int
@@ -67,6 +71,7 @@ class BlockPreflight:
     smallest: float | None = None
     largest: float | None = None
     indefinite: bool = False
+    taken: bool = False
 
     @property
     def scale(self) -> float | None:
@@ -100,8 +105,10 @@ class BlockPreflight:
 
     @property
     def exceeded(self) -> bool:
-        """Whether λ does not make up for a negative eigenvalue."""
-        return self.indefinite and self.smallest is not None and 0 < self.regularization <= -self.smallest
+        """Whether λ does not make up for a negative eigenvalue, and the solver needs it to."""
+        if self.taken or not self.indefinite or self.smallest is None:
+            return False
+        return self.regularization <= -self.smallest
 
     def __str__(self) -> str:
         found = None if self.scale is None else f"{self.smallest:.2g} to {self.largest:.2g}"
@@ -143,28 +150,29 @@ class Preflight:
         source: HessianSource,
         regularization: Mapping[str, float],
         *,
-        definite: bool = False,
+        taken: bool = False,
         probe: bool = True,
     ) -> Self:
         """Look at the parameters and at the spectrum of each block, and warn of what cannot be meant.
 
         Eigenvalues are Ritz values of the source's own operator on the first samples of the data: of 256 at
-        most, of fewer where that would take more than one product with a sample for three samples of the
-        data, from four to six Lanczos steps in each of the eight largest blocks: a few per cent of a fit of
-        Kronecker factors. Few samples make the largest eigenvalue larger than it is, and data sorted by class
-        shows the curvature of its first classes only.
+        most, of fewer where that would take more than one product with a sample for twelve samples of the
+        data, from four to six Lanczos steps in each of the eight largest blocks (twenty where an eigenvalue is
+        negative): a few per cent of a fit of Kronecker factors. Few samples make the largest eigenvalue larger
+        than it is, and data sorted by class shows the curvature of its first classes only.
 
         Args:
             problem: The whole problem.
             parts: Parameters of each block.
             source: The curvature.
             regularization: λ of each block.
-            definite: Whether the solver makes something positive semidefinite of any operator.
+            taken: Whether the solver takes negative eigenvalues of ``C + λI`` (``takes_indefinite``).
             probe: Also what takes derivatives: parameters without effect, and eigenvalues.
         """
         precision = torch.finfo(problem.parameters.dtype).eps
         blocks = {
-            name: BlockPreflight(part.numel, regularization[name], precision) for name, part in parts.items()
+            name: BlockPreflight(part.numel, regularization[name], precision, taken=taken)
+            for name, part in parts.items()
         }
         unreachable: tuple[str, ...] = ()
         idle: tuple[str, ...] = ()
@@ -183,7 +191,7 @@ class Preflight:
                         continue  # said already; its curvature is zero
                     with suppress(NonFiniteError):  # a solver that needs products raises it in its turn
                         operator = source.operator(few, parts[name])
-                        blocks[name] = _with_spectrum(blocks[name], operator, steps, definite)
+                        blocks[name] = _with_spectrum(blocks[name], operator, steps)
         found = cls(
             parameters=problem.parameters.numel,
             total=sum(p.numel() for p in problem.model.parameters()),
@@ -216,11 +224,10 @@ class Preflight:
             f"{_listed(list(map(repr, names)))} ({why})" for why, names in causes.items() if names
         )
         if named:
-            warnings.warn(
+            warn_caller(
                 f"The loss does not depend on these trainable parameters: {named}. They add nothing to any "
                 "score and, with λ = 0, make C singular: freeze them with requires_grad_(False).",
                 PreflightWarning,
-                stacklevel=4,
             )
 
     def _warn_of_regularization(self) -> None:
@@ -234,10 +241,9 @@ class Preflight:
         for what, flag in findings.items():
             named = [f"{name!r} ({block})" for name, block in self.blocks.items() if getattr(block, flag)]
             if named:
-                warnings.warn(
+                warn_caller(
                     f"The regularisation of block {_listed(named)} {what}. {self._origin}",
                     PreflightWarning,
-                    stacklevel=4,
                 )
 
     @property
@@ -282,13 +288,13 @@ def _affordable(problem: Problem, products: int) -> int:
     return min(SAMPLES, max(4, free, problem.size // (SHARE * products)))
 
 
-def _with_spectrum(
-    block: BlockPreflight, operator: LinearOperator, steps: int, definite: bool
-) -> BlockPreflight:
+def _with_spectrum(block: BlockPreflight, operator: LinearOperator, steps: int) -> BlockPreflight:
     smallest, largest = ritz_values(operator, steps)
     negative = smallest < -NOISE * block.precision * max(abs(smallest), abs(largest))
     # Asked last: some operators run the model to answer it.
-    indefinite = negative and not definite and not getattr(operator, "positive_semidefinite", False)
+    indefinite = negative and not getattr(operator, "positive_semidefinite", False)
+    if indefinite:
+        smallest, largest = ritz_values(operator, CLOSER_LOOK)
     return replace(block, smallest=smallest, largest=largest, indefinite=indefinite)
 
 

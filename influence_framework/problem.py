@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
+from math import ceil
 from typing import Any, Self
 
 import torch
@@ -21,7 +23,9 @@ from influence_framework.data import (
     Joiner,
     RandomState,
     check_reiterable,
+    concatenate,
     detached,
+    layout,
     map_leaves,
     nbytes,
     one_pass,
@@ -35,12 +39,16 @@ from influence_framework.errors import InvalidInputError, NonFiniteError
 from influence_framework.memory import is_out_of_memory
 from influence_framework.objective import Checking, Loss, Objective, Preparing, SupervisedObjective
 from influence_framework.parameters import ParameterSpace
+from influence_framework.processes import Processes
 
 DEFAULT_MEMORY_BUDGET = 256 * 2**20
 """Bytes that caches and intermediate results may take beside the model, the data and the results."""
 
 TRIAL = 32
-"""Samples that are tried beforehand: enough for a batch, few enough to cost nothing."""
+"""Samples that are tried beforehand: enough for a batch, few enough to cost nothing ..."""
+
+TRIAL_FLOPS = 2**29
+"""... unless a forward pass over them takes more than this: then fewer, but at least four."""
 
 
 CHECKPOINTED = "gradient_checkpointing"
@@ -71,7 +79,10 @@ class Problem:
         precision: ``eps`` of the coarsest dtype that the model computes in: some work in single precision
             inside whatever that of their parameters is.
         state: Global random state in which every pass starts.
-        fingerprint: What the first pass held, to notice other contents in a later one.
+        fingerprint: What the first pass held.
+        share: The same of what was for this process, to notice other contents in a later pass.
+        processes: Those that the data is divided between, of which this one has a share; ``None`` where it has
+            all. ``size`` counts the samples of all shares.
     """
 
     model: nn.Module
@@ -89,6 +100,8 @@ class Problem:
     precision: float
     state: RandomState
     fingerprint: Fingerprint
+    share: Fingerprint
+    processes: Processes | None = None
 
     @classmethod
     def build(
@@ -98,6 +111,7 @@ class Problem:
         data: Iterable[Batch],
         *,
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
+        processes: Processes | None = None,
     ) -> Self:
         """Check model, loss and data against each other and count the samples.
 
@@ -106,6 +120,7 @@ class Problem:
             loss: ``loss(output, target) -> scalar``, or an :class:`Objective`.
             data: A ``DataLoader`` or any re-iterable of batches; read to the end once, here.
             memory_budget: Bytes for caches and intermediate results.
+            processes: Those that the data is divided between.
 
         Raises:
             InvalidInputError: What does not fit, with the remedy.
@@ -130,50 +145,114 @@ class Problem:
             precision=torch.finfo(parameters.dtype).eps,
             state=random_state(data),
             fingerprint=Fingerprint(),
+            share=Fingerprint(),
+            processes=processes,
             **measured,
         )._read()
 
     def _read(self) -> Self:
         """Read the data once: validate and count it, and keep it where it fits the budget."""
         kept: Joiner | None = None
-        sizes: list[int] = []
-        held = 0
-        fingerprint = Fingerprint()
+        first = held = 0
+        read, own = Fingerprint(), Fingerprint()
         problem = self
-        for batch in map(detached, one_pass(self.data, self.state)):
-            problem = problem.validated(batch, "training data")
-            sizes.append(problem.objective.size(batch))
-            fingerprint += Fingerprint.of(batch, sizes[-1])
-            if len(sizes) == 1:
-                problem = problem._tried(take(batch, slice(0, TRIAL)))
+        for whole in map(detached, one_pass(self.data, self.state)):
+            if not read.size or self.processes is None:
+                problem = problem.validated(whole, "training data")
+            if not read.size:
+                # All processes try the same samples, so that all learn the same of the model.
+                first = problem.objective.size(whole)
+                problem = problem._tried(problem._same(take(whole, slice(0, TRIAL))))
                 kept = Joiner(problem.max_batch)
+            elif read.size == 1 and layout(whole) == layout(problem.example):
+                # One sample by itself cannot tell whether it is mixed with others.
+                pair = concatenate([problem.example, take(whole, slice(0, TRIAL))])
+                problem._check_one_sample_at_a_time(pair)
+            batch, size = problem._share(whole, read.size)
+            if size and self.processes is not None:
+                problem = problem.validated(batch, "training data")
+            own += (found := Fingerprint.of(batch, size) if size else Fingerprint())
+            read += found if batch is whole else Fingerprint.of(whole, problem.objective.size(whole))
             held += nbytes(batch)
             if held > self.memory_budget:
                 kept = None
-            if kept is not None:
-                kept.add(batch, sizes[-1])
-        if not sizes:
+            if kept is not None and size:
+                kept.add(batch, size)
+        if not read.size:
             raise InvalidInputError(
                 "The training data is empty: the loader yielded no batch. Is the dataset empty, or "
                 "drop_last=True with fewer samples than one batch?"
             )
         joined = None if kept is None else kept.finish()
-        if joined is not None and getattr(problem.objective, "reduction", "known") is None:
+        if joined and getattr(problem.objective, "reduction", "known") is None:
             # Batches of one sample do not tell a mean from a sum; what they were joined to does.
             largest = max(joined, key=problem.objective.size)
             problem = replace(problem, objective=problem.validated(largest, "training data").objective)
+        whole = own if self.processes is None else self.processes.settle(read, own)
         return replace(
             problem,
             data=self.data if joined is None else joined,
             cached=joined is not None,
-            size=sum(sizes),
-            batch_size=sizes[0],
+            size=whole.size,
+            batch_size=first,
             objective=_settled(problem.objective),
-            fingerprint=fingerprint,
+            fingerprint=whole,
+            share=own,
         )
+
+    def _same(self, batch: Batch) -> Batch:
+        """The batch of the first process."""
+        if self.processes is None:
+            return batch
+        shared = self.processes.same(map_leaves(lambda tensor: tensor.cpu(), batch), "the first samples")
+        return map_leaves(lambda tensor: tensor.to(self.parameters.device), shared)
+
+    def _share(self, batch: Batch, start: int) -> tuple[Batch, int]:
+        """This process's part of a batch whose first sample is number ``start`` of the pass, and its size."""
+        size = self.objective.size(batch)
+        if self.processes is None:
+            return batch, size
+        own = self.processes.share(batch, size, start)
+        return own, self.objective.size(own)
+
+    @property
+    def share_size(self) -> int:
+        """Samples of this process's share, to one."""
+        return self.size if self.processes is None else ceil(self.size / self.processes.count)
+
+    def together(self) -> AbstractContextManager[None]:
+        """What the processes that the data is divided between do alike; see :meth:`Processes.together`."""
+        return nullcontext() if self.processes is None else self.processes.together()
+
+    def total(
+        self, work: Callable[[Self], Sequence[Tensor]], place: str, same: Tensor | None = None
+    ) -> Sequence[Tensor]:
+        """The sum of what ``work`` returns for each share of the data. All sums over the data are formed here.
+
+        Args:
+            work: From the problem of a share to sums over its samples: as many tensors, of the same shapes,
+                for every share, also for one whose samples add nothing.
+            place: What is summed, for messages.
+            same: What has to be the same in all processes, beside model and options.
+
+        Raises:
+            DistributedError: Another process failed, is not here, or has another ``same``.
+        """
+        if self.processes is None:
+            return work(self)
+        return self.processes.total(partial(work, self), place, same)
+
+    def count(self, size: int) -> int:
+        """How many samples of all shares that is, if it is ``size`` of this one."""
+        number = torch.tensor(size, dtype=torch.float64, device="cpu")
+        (whole,) = self.total(lambda _: [number], "a number of samples")
+        return int(whole)
 
     def _tried(self, batch: Batch) -> Self:
         """What the first samples tell: that each is on its own, what one costs, and which derivatives exist."""
+        pair = take(batch, slice(0, 2))
+        flops = self._forward_flops(pair) // self.objective.size(pair)
+        batch = take(batch, slice(0, max(4, TRIAL_FLOPS // max(1, flops))))
         size = self.objective.size(batch)
         kept, precision = self._activations(batch)
         tried = replace(
@@ -181,7 +260,7 @@ class Problem:
             example=map_leaves(torch.clone, batch),
             precision=precision,
             sample_bytes=kept // size + 1,
-            sample_flops=self._forward_flops(batch) // size,
+            sample_flops=flops,
         )
         tried._check_one_sample_at_a_time(batch)
         return replace(tried, twice_differentiable=tried._has_second_derivatives())
@@ -201,6 +280,16 @@ class Problem:
             self.objective.check(batch)
         with torch.no_grad(), random_state_kept():
             outputs = self.outputs({}, batch)
+        return self.judged(outputs, batch, what)
+
+    def judged(self, outputs: Tensor, batch: Batch, what: str) -> Self:
+        """Check what the model returned for one batch; return the problem with what was learnt about the loss.
+
+        Raises:
+            InvalidInputError: Wrong outputs or loss.
+            NonFiniteError: NaN or infinity.
+        """
+        size = self.objective.size(batch)
         if outputs.ndim == 0 or outputs.shape[0] != size:
             raise InvalidInputError(
                 f"The model returned shape {tuple(outputs.shape)} for {size} samples: the first dimension "
@@ -221,9 +310,11 @@ class Problem:
 
     def _check_one_sample_at_a_time(self, batch: Batch) -> None:
         """Raise unless a sample's output depends on that sample alone."""
+        size = self.objective.size(batch)
         with torch.no_grad(), random_state_kept():
             once, again = self.outputs({}, batch), self.outputs({}, batch)
             alone = self.outputs({}, take(batch, slice(0, 1)))
+            rest = self.outputs({}, take(batch, slice(size // 2, size)))
         # Far above rounding, which differs with the size of the batch.
         tolerance = self.precision**0.5 * once.abs().max()
         if (once - again).abs().max() > tolerance:
@@ -236,10 +327,12 @@ class Problem:
                 f"The model returned shape {tuple(once.shape)} for a batch and {tuple(alone.shape)} for its "
                 "first sample alone: it must keep the first dimension. Use squeeze(-1), not squeeze()."
             )
-        if (once[:1] - alone).abs().max() > tolerance:
+        # A recurrent layer that takes samples for time steps leaves the first sample alone.
+        if (once[:1] - alone).abs().max() > tolerance or (once[size // 2 :] - rest).abs().max() > tolerance:
             raise InvalidInputError(
                 "The output for a sample differs with the other samples of its batch, so no sample has a loss "
-                "of its own: use running statistics, or whatever else keeps samples apart."
+                "of its own: use running statistics, batch_first=True in recurrent layers and attention, or "
+                "whatever else keeps samples apart."
             )
 
     def _activations(self, batch: Batch) -> tuple[int, float]:
@@ -306,24 +399,49 @@ class Problem:
             InvalidInputError: The data holds other samples than when it was first read.
         """
         found = Fingerprint()
+        start = 0
         for whole in self.data if self.cached else map(detached, one_pass(self.data, self.state)):
-            size = self.objective.size(whole)
+            own, size = (whole, self.objective.size(whole)) if self.cached else self._share(whole, start)
             if not self.cached:
-                found += Fingerprint.of(whole, size)
-            for batch in split(whole, size, self.max_batch):
+                start += self.objective.size(whole)
+            if not size:
+                continue
+            if not self.cached:
+                found += Fingerprint.of(own, size)
+            for batch in split(own, size, self.max_batch):
                 yield batch, self.objective.size(batch)
-        if self.cached or found.agrees(self.fingerprint):
+        if self.cached or found.agrees(self.share):
             return
-        now = f"{found.size} now" if found.size != self.size else "as many, but not the same ones, now"
+        before = self.share.size
+        now = f"{found.size} now" if found.size != before else "as many, but not the same ones, now"
+        order = "in whatever order" if self.processes is None else "and in the same order where it is divided"
         raise InvalidInputError(
-            f"The training data held {self.size} samples when it was first read and {now}: it must yield the "
-            "same samples on every pass, in whatever order. Switch off random augmentation and drop_last, "
+            f"The training data held {before} samples when it was first read and {now}: it must yield the "
+            f"same samples on every pass, {order}. Switch off random augmentation and drop_last, "
             "draw from the global generators of torch, NumPy or Python (every pass starts from the same state "
             "of them), or raise memory_budget so that the data is held in memory."
         )
 
     def first(self, count: int) -> Self:
         """The same problem on its first ``count`` samples, which it holds; on all where there are no more."""
+        if self.processes is not None:
+            return self._first_of_all(self.processes, count)
+        kept, size = self._held(count)
+        return replace(self, data=kept, cached=True, size=size)
+
+    def _first_of_all(self, processes: Processes, count: int) -> Self:
+        """The same for every process, divided no more."""
+        kept, _ = self._held(processes.share_of(min(count, self.size)))
+        own = map_leaves(lambda tensor: tensor.cpu(), kept)
+        shares = processes.gather(own, "the first samples of every share")
+        data = map_leaves(
+            lambda tensor: tensor.to(self.parameters.device), [b for share in shares for b in share]
+        )
+        size = sum(map(self.objective.size, data))
+        return replace(self, data=data, cached=True, size=size, processes=None)
+
+    def _held(self, count: int) -> tuple[list[Batch], int]:
+        """The first ``count`` samples of the share, and how many there are."""
         kept: list[Batch] = []
         size = 0
         for batch, _ in self.batches():
@@ -332,14 +450,19 @@ class Problem:
             size += self.objective.size(part)
             if size >= count:
                 break
-        return replace(self, data=kept, cached=True, size=size)
+        return kept, size
 
     def random_batches(self, generator: torch.Generator) -> Iterator[tuple[Batch, int]]:
         """Endless mini-batches, each sample once a pass.
 
         Data held in memory is cut at random, by ``generator`` alone, into batches of the caller's size.
-        Data that is streamed comes in the loader's own batches and order: shuffle it there.
+        Data that is streamed comes in the loader's own batches and order: shuffle it there. Of data that is
+        divided, these are this process's part of the mini-batches.
         """
+        own = self.batch_size
+        if self.processes is not None:
+            generator = self.processes.generator(generator)
+            own = own if self.processes.divided else ceil(own / self.processes.count)
         while True:
             if not self.cached:
                 yield from self.batches()
@@ -347,9 +470,7 @@ class Problem:
             pieces = [
                 take(batch, index)
                 for batch, size in self.batches()
-                for index in torch.randperm(size, generator=generator, device=generator.device).split(
-                    self.batch_size
-                )
+                for index in torch.randperm(size, generator=generator, device=generator.device).split(own)
             ]
             for position in torch.randperm(len(pieces), generator=generator, device=generator.device):
                 yield pieces[position], self.objective.size(pieces[position])

@@ -9,10 +9,10 @@ Nothing here imports a concrete class, so a plugin may implement any of these by
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from influence_framework.layers import Cover, Layer, LayerBatch, Samples
     from influence_framework.parameters import ParameterSpace
     from influence_framework.problem import Problem
+    from influence_framework.processes import Processes
 
 
 @runtime_checkable
@@ -33,8 +34,10 @@ class LinearOperator(Protocol):
     ``A @ v`` takes ``(P,)`` or ``(P, k)`` columns of the operator's own dtype and device and returns
     the same shape. All ``k`` columns are worked on together; ``k`` may be zero and may exceed ``P``.
 
-    Optional attribute: ``positive_semidefinite``, ``True`` where the way the matrix is made rules out
+    An optional attribute: ``positive_semidefinite``, ``True`` where the way the matrix is made rules out
     negative eigenvalues, which solvers then need not look for. Left out it is ``False``.
+    Another one: ``divided``, ``True`` where other processes work out its products, so that it cannot be used in
+    one of them.
     """
 
     @property
@@ -95,12 +98,19 @@ class LayerStatistics(Protocol):
         """The layers, and the parameters that are in none of them."""
         ...
 
-    def layer_batches(
-        self, layers: Sequence[Layer], samples: Samples, generator: torch.Generator
-    ) -> Iterator[tuple[Mapping[Layer, LayerBatch], int]]:
-        """One pass over the data, batch by batch with sample counts; layers the model skips are absent.
+    def layer_sums(
+        self,
+        layers: Sequence[Layer],
+        samples: Samples,
+        generator: torch.Generator,
+        collect: Callable[[Iterator[tuple[Mapping[Layer, LayerBatch], int]]], Sequence[Tensor]],
+    ) -> Sequence[Tensor]:
+        """What ``collect`` adds up over one pass over the data, which may be divided between processes.
 
-        ``layers`` may come from several operators over the same problem: one pass then serves them all.
+        ``collect`` is given the batches of a share of the data, each with its sample count; layers that the
+        model skips are absent. It returns sums over them, as many and of the same shapes for every share; the
+        result is the sum of what it returned for all shares. ``layers`` may come from several operators
+        over the same problem: one pass then serves them all.
         """
         ...
 
@@ -147,7 +157,8 @@ class StopReason(Enum):
     """Why a solver stopped working on a right-hand side; the value says what to do about it."""
 
     CONVERGED = "reached the tolerance"
-    APPROXIMATION = "fixed approximation; its residual was not measured"
+    APPROXIMATION = "fixed approximation, held to no tolerance"
+    SINGULAR = "left out directions of no curvature: raise the regularisation, with which none is left out"
     ITERATION_LIMIT = "reached the iteration limit: raise maxiter, loosen rtol or add a preconditioner"
     NEGATIVE_CURVATURE = (
         "met a direction of non-positive curvature: raise the regularisation above the magnitude of "
@@ -223,6 +234,61 @@ class Preconditioning(Protocol):
     def preconditioner(self) -> InverseOperator: ...
 
 
+@dataclass(frozen=True)
+class SavedState:
+    """What an inverse is made of beside its operator, its λ and its solver's options.
+
+    Attributes:
+        tensors: By name. Their values, strides and device's order of dimensions come back as they were.
+        values: What JSON holds: strings, finite numbers, booleans, ``None``, and lists and mappings of these.
+    """
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+    def under(self, name: str) -> SavedState:
+        """The same as a part, called ``name``, of what a larger inverse is made of."""
+        return SavedState({f"{name}.{key}": t for key, t in self.tensors.items()}, {name: dict(self.values)})
+
+    def __or__(self, other: SavedState) -> SavedState:
+        return SavedState({**self.tensors, **other.tensors}, {**self.values, **other.values})
+
+    def part(self, name: str) -> SavedState | None:
+        """What :meth:`under` made a part of this; ``None`` where there is no part of that name."""
+        if name not in self.values:
+            return None
+        prefix = f"{name}."
+        tensors = {k.removeprefix(prefix): t for k, t in self.tensors.items() if k.startswith(prefix)}
+        return SavedState(tensors, self.values[name])
+
+
+@runtime_checkable
+class Persistent(Protocol):
+    """Capability of an inverse: it can be written to disk, where its solver offers :class:`Restoring`.
+
+    Optional attribute: ``multiplies``, ``True`` where every solve multiplies with the operator, so that a model
+    that is loaded needs its training data again. Left out it is ``False``.
+    """
+
+    def state(self) -> SavedState:
+        """What :meth:`Restoring.restore` makes the same inverse of; tensors are not copied."""
+        ...
+
+
+@runtime_checkable
+class Restoring(Protocol):
+    """Capability of a solver: make an inverse again of what was written to disk, without fitting."""
+
+    def restore(self, operator: LinearOperator, regularization: float, state: SavedState) -> InverseOperator:
+        """The inverse that ``state`` was taken of, equal to the last bit.
+
+        The solver has the options it was fitted with, ``operator`` is the same curvature, and tensors are on
+        its device. Of a model that was loaded without its data, ``operator`` has no products. An inverse that
+        offers :class:`Preconditioning` is restored in either form.
+        """
+        ...
+
+
 @runtime_checkable
 class Solver(Protocol):
     """A method of inverting: frozen options, no state.
@@ -236,6 +302,9 @@ class Solver(Protocol):
     - ``default_source``: name of the curvature source this method is made for;
     - ``refines``: ``True`` where its inverse offers :class:`WarmStart`, so that it can refine the
       solutions of another solver. An option ``preconditioner`` gets that solver's inverse, if it is ``fixed``;
+    - ``takes_indefinite``: ``True`` where negative eigenvalues of ``C + λI`` are no failure of the method: it
+      solves such systems like any, or puts something positive definite in the place of ``C`` whatever that is.
+      Nobody is warned of them beforehand; left out, a solver that meets them has to report it;
     - ``accuracy``: the largest relative residual ``‖b − (C + λI)x‖ / ‖b‖``, for ``‖b‖ ≥ 1``, of a
       right-hand side that it calls solved, as far as the dtype allows; ``None`` where the inverse is that
       of another matrix, an approximation of ``C``. Left out, the conformance kit asks for 1e-6.
@@ -250,6 +319,45 @@ class HessianSource(Protocol):
 
     def operator(self, problem: Problem, parameters: ParameterSpace) -> LinearOperator:
         """The curvature matrix of the mean loss of ``problem`` with respect to ``parameters``."""
+        ...
+
+
+Unit = TypeVar("Unit")
+Result = TypeVar("Result")
+
+
+@runtime_checkable
+class Executor(Protocol):
+    """Where work is done: frozen options, no state.
+
+    A unit is a block of training points, and ``job`` gives its scores with a group of test points; or a unit
+    is a few test points, and ``job`` solves for them. ``job`` and units can be pickled, and each unit is worked
+    on by itself, so that results do not depend on where and in which order that is.
+
+    Under an executor for many processes that all run the same program, such as those that ``torchrun`` starts,
+    ``run`` is called in every one of them with the same units in the same order, and gives all
+    results to each.
+
+    Optional attribute: ``workers``, how many units are worked on at the same time; 1 where it is left out. Test
+    points are solved for in as many parts.
+    """
+
+    def run(self, job: Callable[[Unit], Result], units: Iterable[Unit]) -> Iterator[tuple[Unit, Result]]:
+        """Every unit with its result, once each, in whatever order they are done.
+
+        ``units`` is to be read no further ahead than the workers need, since each unit holds data. What
+        ``job`` or ``units`` raises is raised here as it is, and no work goes on after that, or after the
+        iterator was closed.
+        """
+        ...
+
+
+@runtime_checkable
+class Fitting(Protocol):
+    """Capability of an executor: a fit with it takes place where it works."""
+
+    def processes(self) -> Processes | None:
+        """The processes between which the training data is divided; ``None``: this one has all of it."""
         ...
 
 

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from influence_framework.errors import ConvergenceWarning, InvalidInputError
 from influence_framework.inverses import Inverse
+from influence_framework.persistence.states import multiplies, restored, state_of
 from influence_framework.protocols import (
     InverseOperator,
     JointSolver,
     LinearOperator,
     Reregularizable,
+    SavedState,
     Solution,
     Solver,
     StopReason,
@@ -58,6 +60,11 @@ class RefinedSolver:
         """That of the approximation."""
         return getattr(self.approximation, "default_source", None)
 
+    @property
+    def takes_indefinite(self) -> bool:
+        """Whether the refiner takes negative eigenvalues, whose solutions are the ones returned."""
+        return bool(getattr(self.refiner, "takes_indefinite", False))
+
     def fit(self, operator: LinearOperator, regularization: float) -> RefinedInverse:
         """Fit the approximation, then the refiner with it as its preconditioner."""
         return self._refined(operator, regularization, self.approximation.fit(operator, regularization))
@@ -74,15 +81,37 @@ class RefinedSolver:
             for name, operator in operators.items()
         }
 
+    def restore(self, operator: LinearOperator, regularization: float, state: SavedState) -> RefinedInverse:
+        """Both inverses as they were."""
+        approximation = restored(self.approximation, operator, regularization, state.part("approximation"))
+        refiner = self._preconditioned(regularization, approximation)
+        inverse = restored(refiner, operator, regularization, state.part("refiner"))
+        return self._joined(operator, regularization, approximation, refiner, inverse)
+
     def _refined(
         self, operator: LinearOperator, regularization: float, approximation: InverseOperator
     ) -> RefinedInverse:
+        refiner = self._preconditioned(regularization, approximation)
+        inverse = refiner.fit(operator, regularization)
+        return self._joined(operator, regularization, approximation, refiner, inverse)
+
+    def _preconditioned(self, regularization: float, approximation: InverseOperator) -> Solver:
+        """The refiner, with the approximation for its preconditioner where the two allow it."""
         refiner = self.refiner
         if getattr(self.approximation, "fixed", False) and _takes_preconditioner(refiner):
-            refiner = replace(  # type: ignore[type-var]
+            return replace(  # type: ignore[type-var]
                 refiner, preconditioner=FittedSolver(self.approximation, approximation, regularization)
             )
-        inverse = refiner.fit(operator, regularization)
+        return refiner
+
+    def _joined(
+        self,
+        operator: LinearOperator,
+        regularization: float,
+        approximation: InverseOperator,
+        refiner: Solver,
+        inverse: InverseOperator,
+    ) -> RefinedInverse:
         if not isinstance(inverse, WarmStart):
             raise InvalidInputError(
                 f"{type(refiner).__name__}.fit returned {type(inverse).__name__}, which has no method "
@@ -129,6 +158,10 @@ class FittedSolver:
             return self.inverse
         return self.solver.fit(operator, regularization)
 
+    def restore(self, operator: LinearOperator, regularization: float, state: SavedState) -> InverseOperator:
+        """The inverse of ``state``, by the solver."""
+        return restored(self.solver, operator, regularization, state)
+
 
 @dataclass(frozen=True, eq=False)
 class RefinedInverse(Inverse):
@@ -151,6 +184,16 @@ class RefinedInverse(Inverse):
     @property
     def quiet(self) -> frozenset[StopReason]:
         return frozenset(getattr(self.refiner, "quiet", frozenset()))
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether one of the two multiplies with the operator in every solve."""
+        return multiplies(self.approximation) or multiplies(self.refiner)
+
+    def state(self) -> SavedState:
+        """Those of both inverses."""
+        approximation = state_of(self.solver.approximation, self.approximation).under("approximation")
+        return approximation | state_of(self.solver.refiner, self.refiner).under("refiner")
 
     def _solve(self, columns: Float[Tensor, "P k"]) -> Solution:
         with warnings.catch_warnings():

@@ -27,6 +27,7 @@ from influence_framework.loading import (
 __all__ = [
     "KINDS",
     "OFFICIAL_DISTRIBUTIONS",
+    "OFFICIAL_EXECUTORS",
     "REQUIRED",
     "Kind",
     "Method",
@@ -35,6 +36,7 @@ __all__ = [
     "PluginFailure",
     "Registry",
     "default_registry",
+    "executors",
     "hessian_sources",
     "objectives",
     "solvers",
@@ -50,7 +52,10 @@ OFFICIAL_DISTRIBUTIONS = {
     "ekfac": "influence-framework-ekfac",
     "kfac": "influence-framework-ekfac",
 }
-"""Which distribution to install for a name that is documented but absent."""
+"""Which distribution to install for the name of a solver that is documented but absent."""
+
+OFFICIAL_EXECUTORS = {"dask": "influence-framework-dask"}
+"""The same for executors."""
 
 
 @dataclass
@@ -60,7 +65,7 @@ class _Catalogue:
 
 
 class Registry:
-    """Solvers, sources and objectives by name, from core, from entry points and from plugins given by hand.
+    """Solvers, sources, objectives and executors by name, from core, entry points and plugins given by hand.
 
     Nothing is imported before the first look-up. Each plugin is loaded on its own: a broken one is set
     aside with the reason and the others work. A name that two plugins claim is an error to whoever asks
@@ -80,6 +85,7 @@ class Registry:
         self.solvers = MethodMapping(self, "solver")
         self.hessian_sources = MethodMapping(self, "source")
         self.objectives = MethodMapping(self, "objective")
+        self.executors = MethodMapping(self, "executor")
 
     @property
     def failures(self) -> tuple[PluginFailure, ...]:
@@ -157,6 +163,11 @@ class Registry:
             raise UnknownMethodError(self._unknown(kind, name))
         return methods[0]
 
+    def method_of(self, kind: Kind, cls: type[Any]) -> Method | None:
+        """The method whose class is ``cls``, under the first of the names that can be looked up."""
+        claims = (self._catalogue.methods[kind][name][0] for name in self.names(kind))
+        return next((method for method in claims if method.cls is cls), None)
+
     def _unknown(self, kind: Kind, name: object) -> str:
         known = self.names(kind)
         label = KINDS[kind][2]
@@ -165,7 +176,8 @@ class Registry:
         )
         if self.failures:
             message += f" Plugins that failed to load: {'; '.join(map(str, self.failures))}."
-        official = OFFICIAL_DISTRIBUTIONS.get(str(name)) if kind == "solver" else None
+        documented = {"solver": OFFICIAL_DISTRIBUTIONS, "executor": OFFICIAL_EXECUTORS}
+        official = documented.get(kind, {}).get(str(name))
         if official and official not in [failure.distribution for failure in self.failures]:
             message += f" Install it with: pip install {official}"
         elif kind == "solver" and not known and not self.failures:
@@ -214,3 +226,4 @@ default_registry = Registry()
 solvers = default_registry.solvers
 hessian_sources = default_registry.hessian_sources
 objectives = default_registry.objectives
+executors = default_registry.executors

@@ -94,15 +94,22 @@ class BlockScale:
     Attributes:
         block: The block's name.
         operator: Its curvature.
+        known: What was measured of it before the model was saved.
     """
 
     block: str
     operator: LinearOperator
+    known: float | None = None
 
     @cached_property
     def mean_eigenvalue(self) -> float:
         """``tr(C)/P``."""
-        return mean_eigenvalue(self.operator)
+        return mean_eigenvalue(self.operator) if self.known is None else self.known
+
+    @property
+    def measured(self) -> float | None:
+        """``tr(C)/P`` if anybody has asked for it."""
+        return vars(self).get("mean_eigenvalue", self.known)
 
     def absolute(self, strength: Strength) -> float:
         """λ in the units of the curvature.

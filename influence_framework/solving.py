@@ -80,7 +80,8 @@ class SolveLog:
     ) -> None:
         """Note the scores of ``count`` samples that ``inverse`` gave without a right-hand side."""
         nothing = torch.empty(0, count, dtype=inverse.dtype, device="cpu")
-        solution = approximation(nothing, getattr(inverse, "spectrum", None))
+        singular = bool(getattr(inverse, "singular", False))
+        solution = approximation(nothing, getattr(inverse, "spectrum", None), singular=singular)
         self._add(BlockReport.of(block, regularization, solver, solution, seconds))
 
     def absorb(self, report: SolveReport) -> None:

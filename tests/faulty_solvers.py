@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_framework.inverses import Inverse, make_solution, relative_residuals
+from influence_framework.inverses import Inverse, approximation, make_solution, relative_residuals
 from influence_framework.operators import dense_by_columns
-from influence_framework.protocols import LinearOperator, Solution, StopReason
+from influence_framework.protocols import LinearOperator, SavedState, Solution, StopReason
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,9 +69,17 @@ class Exact:
         return self.inverse(operator, regularization, dense_by_columns(operator))
 
 
+@dataclass(frozen=True)
+class Kept(Exact):
+    """A correct solver whose inverse can be saved; a faulty one makes another kind of inverse."""
+
+    def restore(self, operator: LinearOperator, regularization: float, state: SavedState) -> ExactInverse:
+        return self.inverse(operator, regularization, state.tensors["matrix"])
+
+
 @dataclass(frozen=True, eq=False)
 class DiagonalInverse(ExactInverse):
-    """The diagonal in place of ``C``."""
+    """The diagonal in place of ``C``, and how far off that is."""
 
     def weights(self) -> Tensor:
         return 1 / (self.matrix.diagonal().abs() + self.regularization)
@@ -80,9 +88,25 @@ class DiagonalInverse(ExactInverse):
         return self.weights()[:, None] * columns
 
     def _solve(self, columns: Tensor) -> Solution:
-        count = columns.shape[1]
-        unmeasured = torch.full((count,), float("nan"), dtype=torch.float64)
-        return make_solution(self._matmat(columns), unmeasured, [StopReason.APPROXIMATION] * count)
+        value = self._matmat(columns)
+        residual = self.residuals(value, columns)
+        return make_solution(value, residual, [StopReason.APPROXIMATION] * columns.shape[1])
+
+
+class UnmeasuredInverse(DiagonalInverse):
+    """Says nothing of how far off it is; λ = 0 it refuses."""
+
+    def __post_init__(self) -> None:
+        if self.regularization == 0:
+            raise ArithmeticError("λ = 0")
+
+    def _solve(self, columns: Tensor) -> Solution:
+        return approximation(self._matmat(columns))
+
+
+class UnmeasuredAtZeroInverse(UnmeasuredInverse):
+    def __post_init__(self) -> None:
+        """Nothing is refused."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +116,20 @@ class Approximate(Exact):
     inverse: type[ExactInverse] = DiagonalInverse
     accuracy: ClassVar[float | None] = None  # type: ignore[misc]
     fixed: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class Taking(Exact):
+    """A solver that takes indefinite systems."""
+
+    takes_indefinite: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class ApproximateTaking(Approximate):
+    """An approximation that takes indefinite systems."""
+
+    takes_indefinite: ClassVar[bool] = True
 
 
 # Faults of the inverse as a matrix.
@@ -294,6 +332,16 @@ class ClampingInverse(CredulousInverse):
         return (vectors * (values.clamp_min(0.0) + self.regularization)) @ vectors.T
 
 
+class GivesUpInverse(ExactInverse):
+    """Solves nothing where there is a negative eigenvalue, and says so."""
+
+    def _solve(self, columns: Tensor) -> Solution:
+        if torch.linalg.eigvalsh(self.shifted())[0] >= 0:
+            return super()._solve(columns)
+        residual = self.residuals(value := torch.zeros_like(columns), columns)
+        return make_solution(value, residual, [StopReason.NEGATIVE_CURVATURE] * columns.shape[1])
+
+
 class PseudoInverse(CredulousInverse):
     def _matmat(self, columns: Tensor) -> Tensor:
         inverse: Tensor = torch.linalg.pinv(self.shifted(), rcond=1e-10)
@@ -326,6 +374,34 @@ class CallsNanSolvedInverse(ExactInverse):
         wrong = columns.isnan().any(0)
         reason = [StopReason.CONVERGED if bad else why for bad, why in zip(wrong, solution.reason, strict=True)]
         return replace(solution, converged=solution.converged | wrong, reason=tuple(reason))
+
+
+# Faults of what is written to disk.
+
+
+class KeptInverse(ExactInverse):
+    def state(self) -> SavedState:
+        return SavedState({"matrix": self.matrix})
+
+
+class RoundsWhatItSavesInverse(KeptInverse):
+    def state(self) -> SavedState:
+        return SavedState({"matrix": self.matrix.float().double()})
+
+
+class FrozenInverse(KeptInverse):
+    """Keeps its λ when it is asked for another one."""
+
+    def with_regularization(self, regularization: float) -> Self:
+        return self
+
+
+@dataclass(frozen=True)
+class RestoresAtOneLambda(Kept):
+    inverse: type[ExactInverse] = KeptInverse
+
+    def restore(self, operator: LinearOperator, regularization: float, state: SavedState) -> ExactInverse:
+        return FrozenInverse(operator, regularization, state.tensors["matrix"])
 
 
 # Faults in how a solver is used.

@@ -37,6 +37,8 @@ class OtherSolver:
 class Stating(OtherSolver):
     requires = (inf.Diagonal, inf.Trace)
     fixed = True
+    refines = True
+    takes_indefinite = True
     default_source = "hessian"
 
 

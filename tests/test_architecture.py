@@ -97,7 +97,7 @@ def test_core_imports_what_it_declares(path: Path) -> None:
     allowed = {"influence_framework", *modules(project(ROOT)["dependencies"])}
     if "cli" in path.relative_to(CORE).parts:
         allowed |= modules(project(ROOT)["optional-dependencies"]["demo"])
-    extras = {"reports.py": "pandas", "outputs.py": "pandas", "store.py": "store"}
+    extras = {"reports.py": "pandas", "outputs.py": "pandas", "store.py": "store", "files.py": "save"}
     if path.name in extras:
         allowed |= modules(project(ROOT)["optional-dependencies"][extras[path.name]])
     assert roots(path) <= allowed

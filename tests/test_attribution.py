@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -55,13 +56,17 @@ def model(solver: Any = "cg", budget: int = ROOMY, net: nn.Module | None = None)
     return composed.fit(batches(TRAIN, 40))
 
 
+fitted_once = cache(model)
+"""For tests that leave the model as it is."""
+
+
 @pytest.mark.parametrize("budget", [ROOMY, TIGHT])
 @pytest.mark.parametrize("solver", ["direct", "ekfac"])
 class TestEveryOutput:
     """Against the scores of tensors, with test batches, training batches and blocks of unlike sizes."""
 
     def scored(self, solver: Any, budget: int, output: Any, test: bool = True) -> tuple[Any, inf.Scored]:
-        fitted = model(solver, budget)
+        fitted = fitted_once(solver, budget)
         loaders = batches(TEST, 4) if test else None, batches(TRAIN, 17)
         return fitted, attribute(fitted, *loaders, output=output)
 
@@ -120,6 +125,28 @@ def test_the_test_side_is_solved_for_once_and_the_training_data_passed_once(solv
         assert len(fitted.report) == len(TEST[0])
 
 
+class Passes:
+    """Counts the passes over batches."""
+
+    def __init__(self, data: list[Points]) -> None:
+        self.data, self.passes = data, 0
+
+    def __iter__(self) -> Iterator[Points]:
+        self.passes += 1
+        return iter(self.data)
+
+
+@pytest.mark.parametrize(("budget", "groups"), [(ROOMY, 1), (TIGHT, 3)])
+def test_the_loaders_are_passed_once_to_survey_them_and_the_training_data_once_a_group(
+    budget: int, groups: int
+) -> None:
+    test, train = Passes(batches(TEST, 4)), Passes(batches(TRAIN, 17))
+    fitted = fitted_once("direct", budget)
+    attribute(fitted, test, train, output="mean")
+    assert (test.passes, train.passes) == (2, 1 + groups)
+    assert len(fitted.report) == len(TEST[0])
+
+
 def test_a_group_of_test_points_at_a_time_is_what_the_budget_holds() -> None:
     fitted = model("direct", TIGHT)
     attribute(fitted, batches(TEST, 4), batches(TRAIN, 17), output="mean")
@@ -131,7 +158,7 @@ def test_identifiers_travel_with_the_scores() -> None:
     order = torch.randperm(len(TRAIN[0]), generator=torch.Generator().manual_seed(3))
     train = [(TRAIN[0][part], TRAIN[1][part], names[part.numpy()].tolist()) for part in order.split(13)]
     test = [(x, y, torch.arange(100, 100 + len(x))) for x, y in batches(TEST, len(TEST[0]))]
-    fitted = model("direct")
+    fitted = fitted_once("direct")
     plain = attribute(fitted, batches(TEST, 4), batches(TRAIN, 17), output="top_k").to_pandas()
     named = attribute(fitted, test, train, output="top_k").to_pandas()
     assert named["train"].to_list() == [f"image-{index:03}" for index in plain["train"]]
@@ -140,7 +167,7 @@ def test_identifiers_travel_with_the_scores() -> None:
 
 
 def test_a_shuffling_loader_without_identifiers_is_refused() -> None:
-    fitted = model("direct")
+    fitted = fitted_once("direct")
     loader = DataLoader(TensorDataset(*TRAIN), batch_size=16, shuffle=True)
     with pytest.raises(inf.InvalidInputError, match=r"shuffles.*shuffle=False, or yield"):
         attribute(fitted, batches(TEST, 4), loader)
@@ -167,7 +194,7 @@ class Restless:
 
 def test_a_loader_whose_order_changes_between_passes_is_noticed() -> None:
     with pytest.raises(inf.InvalidInputError, match="another order in every pass"):
-        attribute(model("direct"), batches(TEST, 4), Restless())
+        attribute(fitted_once("direct"), batches(TEST, 4), Restless())
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -207,7 +234,7 @@ def test_blocks_in_any_order_give_the_same_extremes_and_the_earlier_of_equal_one
 def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
     settings: dict[str, Any] = {"test": batches(TEST, 4), "train": batches(TRAIN, 17)} | change
     with pytest.raises(inf.InvalidInputError, match=message):
-        attribute(model("direct"), **settings)
+        attribute(fitted_once("direct"), **settings)
 
 
 def test_before_fit_there_is_nothing_to_score() -> None:

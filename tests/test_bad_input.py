@@ -67,7 +67,7 @@ DATA: dict[str, tuple[Action, str]] = {
         fit(lambda: [(points()[0], torch.tensor(1))]),
         r"without a batch dimension.*unsqueeze\(0\)",
     ),
-    "target is a list": (fit(lambda: [(points()[0], [0, 1, 1, 0])]), "target y must be a tensor, got list"),
+    "target is a list": (fit(lambda: [(points()[0], [0, 1, 1, 0])]), "y holds no tensor, got list"),
     "float32 inputs": (
         fit(changed(0, Tensor.float)),
         r"holds torch.float32, .* torch.float64: .*\.to\(torch.float64",
@@ -176,6 +176,17 @@ def of_dtype(dtype: torch.dtype) -> nn.Module:
     return nets.frozen(module, "0.bias", "2.")
 
 
+class Recurrent(nn.Module):
+    """Each sample goes on from the one before, whatever the batch; the first one is right."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.RNN(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cell(x)[0]  # type: ignore[no-any-return]
+
+
 MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "a function": (lambda: lambda x: x, "Expected a torch.nn.Module, got function"),
     "no trainable parameter": (
@@ -203,6 +214,10 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "centred on the batch": (
         lambda: Functional(lambda out: out - out.mean(0)),
         r"differs with the other samples of its batch.*use running statistics",
+    ),
+    "samples taken for time steps": (
+        lambda: nn.Sequential(Recurrent(), nn.Linear(4, 2)).double(),
+        r"differs with the other samples of its batch.*batch_first=True",
     ),
     "tuple output": (
         lambda: Functional(lambda out: (out, out)),
@@ -247,6 +262,15 @@ def test_a_model_that_squeezes_the_batch_dimension_away() -> None:
     with pytest.raises(inf.InvalidInputError, match=message):
         model(Functional(lambda out: out[:, :1].squeeze()), nn.MSELoss()).fit(data)
     model(Functional(lambda out: out[:, :1].squeeze(-1)), nn.MSELoss()).fit(data)
+
+
+@pytest.mark.parametrize("budget", [1, 2**20])
+def test_a_model_that_mixes_samples_is_found_out_from_batches_of_one(budget: int) -> None:
+    x, y = points(5)
+    data = [(x[[i]], y[[i]]) for i in range(5)]
+    with pytest.raises(inf.InvalidInputError, match=r"differs with the other samples of its batch"):
+        model(Functional(lambda out: out - out.mean(0) / 2), memory_budget=budget).fit(data)
+    model(Functional(lambda out: out), memory_budget=budget).fit(data)
 
 
 def test_inference_mode_is_refused_and_no_grad_is_not() -> None:

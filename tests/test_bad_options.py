@@ -259,6 +259,12 @@ ARGUMENTS: dict[str, tuple[Scores, str]] = {
     "x without y": (lambda m: m.influences(X, Y, X), "Got x without y: pass both, or neither"),
     "y without x": (lambda m: m.influences(X, Y, y=Y), "Got y without x: pass both, or neither"),
     "x without y, by block": (lambda m: m.influences_by_block(X, Y, X), "Got x without y"),
+    "an array": (lambda m: m.influences(X.numpy(), Y), r"x holds no tensor, got ndarray.*torch\.as_tensor"),
+    "a loader": (lambda m: m.influences([], Y), r"x holds no tensor, got list.*inf\.attribute"),
+    "a sample without its dimension": (
+        lambda m: m.influences(X[0], Y[0].flatten()),
+        r"same number of samples.*x\[i : i \+ 1\]",
+    ),
     "no test target": (lambda m: m.influences(X, None), "y of the test data is missing: pass both"),
     "no test input": (lambda m: m.influences(None, Y), "x of the test data is missing"),
     "no factor target": (lambda m: m.influence_factors(X, None), "y of the points is missing"),

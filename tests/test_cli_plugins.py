@@ -69,6 +69,8 @@ class TestPlugins:
         stated = [
             "    needs an operator with Diagonal, Trace",
             "    can precondition other solvers",
+            "    can refine the solutions of other solvers",
+            "    takes indefinite systems",
             "    made for the source 'hessian'",
         ]
         described = overview(registry, verbose=True).split("\n\n")
@@ -120,6 +122,8 @@ class TestPlugins:
                 },
                 "requires": [],
                 "preconditioner": False,
+                "refines": False,
+                "takes_indefinite": False,
                 "default_source": None,
             },
             "stating": {
@@ -131,6 +135,8 @@ class TestPlugins:
                 "options": {},
                 "requires": ["Diagonal", "Trace"],
                 "preconditioner": True,
+                "refines": True,
+                "takes_indefinite": True,
                 "default_source": "hessian",
             },
         }

@@ -15,7 +15,7 @@ from influence_framework.testing import (
     solver_report,
 )
 from tests import faulty_solvers as faulty
-from tests.faulty_solvers import Approximate, Exact
+from tests.faulty_solvers import Approximate, Exact, Kept
 
 FAULTS = {
     "symmetric": [Approximate(faulty.SkewInverse)],
@@ -34,6 +34,11 @@ FAULTS = {
     ],
     "another_regularization": [Exact(faulty.KeepsItsLambdaInverse), Exact(faulty.MovesItselfInverse)],
     "sweep": [Exact(faulty.SortingSweepInverse)],
+    "restored_equals_saved": [
+        Kept(faulty.RoundsWhatItSavesInverse),
+        faulty.RestoresAtOneLambda(),
+        Exact(faulty.KeptInverse),
+    ],
     "dtype_and_device_kept": [Exact(faulty.LosesDtypeInverse)],
     "products_asked_in_own_dtype": [faulty.AsksInDouble()],
     "inputs_not_written_to": [Exact(faulty.WritesToItsInputInverse)],
@@ -44,8 +49,12 @@ FAULTS = {
     ],
     "claimed_residual_is_the_true_one": [Exact(faulty.MadeUpResidualInverse)],
     "converged_means_solved": [Exact(faulty.NeverConvergedInverse), Exact(faulty.FlagAgainstReasonInverse)],
-    "indefinite_is_reported": [Exact(faulty.ClampingInverse)],
-    "singular_is_reported": [Exact(faulty.PseudoInverse)],
+    "indefinite_is_reported": [Exact(faulty.ClampingInverse), Approximate(faulty.UnmeasuredInverse)],
+    "indefinite_is_solved_where_taken": [faulty.Taking(faulty.GivesUpInverse)],
+    "singular_is_reported": [
+        Exact(faulty.PseudoInverse),
+        faulty.ApproximateTaking(faulty.UnmeasuredAtZeroInverse),
+    ],
     "zero_gives_zero": [Exact(faulty.DropsZerosInverse), Exact(faulty.ZeroNeverConvergesInverse)],
     "nan_is_reported": [Exact(faulty.SpreadsNanInverse), Exact(faulty.CallsNanSolvedInverse)],
     "every_block_structure": [faulty.MixesBlocks()],
@@ -73,7 +82,17 @@ def failed(report: ConformanceReport) -> set[str]:
     return {result.name for result in report.failures}
 
 
-@pytest.mark.parametrize("solver", [Exact(), Approximate()], ids=["exact", "approximate"])
+CORRECT = {
+    "exact": Exact(),
+    "approximate": Approximate(),
+    "kept": Kept(faulty.KeptInverse),
+    "takes indefinite systems": faulty.Taking(),
+    "stands for them": faulty.ApproximateTaking(faulty.UnmeasuredInverse),
+    "gives them up": Exact(faulty.GivesUpInverse),
+}
+
+
+@pytest.mark.parametrize("solver", CORRECT.values(), ids=CORRECT)
 def test_a_correct_solver_passes_every_check(solver: Any) -> None:
     check_solver(solver)
 
@@ -104,7 +123,7 @@ def test_every_check_of_a_preconditioner_has_a_fault() -> None:
 
 
 def test_the_error_is_an_assertion_with_the_table_and_the_numbers() -> None:
-    with pytest.raises(AssertionError, match="24 of 25 checks passed") as caught:
+    with pytest.raises(AssertionError, match="25 of 26 checks passed") as caught:
         check_solver(Exact(faulty.SurplusAsZerosInverse))
     assert isinstance(caught.value, ConformanceError)
     (failure,) = caught.value.report.failures

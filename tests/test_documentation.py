@@ -15,7 +15,7 @@ import torch
 
 import influence_framework as inf
 from influence_framework import errors, hookspecs
-from influence_framework.registry import KINDS, OFFICIAL_DISTRIBUTIONS
+from influence_framework.registry import KINDS, OFFICIAL_DISTRIBUTIONS, OFFICIAL_EXECUTORS
 from tests.distributions import ask, install
 
 ROOT = Path(__file__).parents[1]
@@ -146,7 +146,7 @@ def test_names_of_the_package_that_are_mentioned_exist(path: Path) -> None:
     for word in re.findall(r"`(register_\w+)`", text):
         assert word in hooks, word
     for distribution in re.findall(r"pip install (influence-framework-\w+)", text):
-        assert distribution in OFFICIAL_DISTRIBUTIONS.values(), distribution
+        assert distribution in {**OFFICIAL_DISTRIBUTIONS, **OFFICIAL_EXECUTORS}.values(), distribution
 
 
 @pytest.mark.parametrize("path", EVERYTHING, ids=title)

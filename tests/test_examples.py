@@ -38,9 +38,7 @@ def answer(environment: Environment) -> dict[str, Any]:
 
         solver = {"name": "minres", "rtol": 1e-10}
         models = [
-            inf.compose(
-                net, loss, solver=spec, source="hessian", hessian_regularization=0.01, preflight=False
-            )
+            inf.compose(net, loss, solver=spec, source="hessian", hessian_regularization=0.01)
             for spec in ("minres", solver)
         ]
         scores = [model.fit([(x[:8], y[:8]), (x[8:], y[8:])]).influences(x, y) for model in models]

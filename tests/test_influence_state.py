@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import influence_framework as inf
+from influence_framework.checks import check_unchanged, model_state
 from influence_framework.data import RandomState
 from tests import cases, nets, small
 from tests.cases import Instance
@@ -168,6 +169,10 @@ def test_pitfall_a_model_that_moved_after_the_fit_is_refused() -> None:
         inf.InvalidInputError, match=r"'0.weight' of the model was .*float64 .*float32.*fit again"
     ):
         influence.influences(x.float(), y.float())
+    # Another device, of which there is none to run on here.
+    state = {name: tensor.to("meta") for name, tensor in model_state(influence.model).items()}
+    with pytest.raises(inf.InvalidInputError, match=r"on meta at the fit and is .* on cpu now: fit again"):
+        check_unchanged(influence.model, state)
 
 
 def tensors(thing: Any, path: str = "fit", seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:

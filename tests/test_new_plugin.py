@@ -99,8 +99,9 @@ class TestWhatItWrites:
         folder = tmp_path / "influence-mine"
         assert capsys.readouterr().out.splitlines() == [
             f"Wrote {folder}. Next:",
-            f"  pip install --editable {folder}",
+            f"  pip install --editable '{folder}[test]'",
             "  influence check mine",
+            f"  pytest {folder}",
         ]
 
 

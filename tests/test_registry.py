@@ -12,7 +12,7 @@ import pytest
 from torch import nn
 
 import influence_framework as inf
-from influence_framework.registry import OFFICIAL_DISTRIBUTIONS, REQUIRED
+from influence_framework.registry import OFFICIAL_DISTRIBUTIONS, OFFICIAL_EXECUTORS, REQUIRED
 from tests.plugins import Flat, Halving, OtherSolver, Stating, isolated, plugin, solver_plugin, source_plugin
 
 ROOT = Path(__file__).parents[1]
@@ -49,9 +49,16 @@ class TestLookUp:
         assert {method.version for method in sources.values()} == {"0.1.0"}
         assert sources["hessian"].options["precompute_grad"].default is False
 
+    def test_core_registers_its_executors_like_any_plugin(self) -> None:
+        executors = isolated().executors
+        assert list(executors) == ["sequential", "torch_distributed"]
+        assert {method.distribution for method in executors.values()} == {"influence-framework"}
+        assert isinstance(executors["sequential"].create(), inf.Executor)
+
     def test_mappings_are_read_only(self) -> None:
         registry = isolated(mine=solver_plugin(halving=Halving))
-        for mapping in (registry.solvers, registry.hessian_sources, inf.solvers, inf.hessian_sources):
+        ours = (inf.solvers, inf.hessian_sources, inf.executors)
+        for mapping in (registry.solvers, registry.hessian_sources, registry.executors, *ours):
             assert isinstance(mapping, Mapping)
             assert not isinstance(mapping, MutableMapping)
             assert not hasattr(mapping, "__setitem__")
@@ -141,6 +148,12 @@ class TestUnknownNames:
         with pytest.raises(inf.UnknownMethodError, match="Unknown solver"):
             isolated().solvers[name]
         assert name not in isolated().solvers
+
+    def test_a_documented_executor_that_is_absent_says_what_to_install(self) -> None:
+        with pytest.raises(
+            inf.UnknownMethodError, match=r"executor 'dask'\. .*pip install influence-framework-dask"
+        ):
+            isolated().executors["dask"]
 
     @pytest.mark.parametrize("name", list(OFFICIAL_DISTRIBUTIONS))
     def test_a_documented_solver_that_is_absent_says_what_to_install(self, name: str) -> None:
@@ -239,7 +252,7 @@ class TestOurOwnPlugins:
     def test_all_of_them_load_without_a_failure_or_a_conflict(self) -> None:
         assert inf.default_registry.failures == ()
         assert inf.default_registry.conflicts == ()
-        installed = {method.distribution for method in inf.solvers.values()}
+        installed = {method.distribution for method in [*inf.solvers.values(), *inf.executors.values()]}
         assert set(self.projects()) <= installed
 
     def test_core_knows_which_distribution_brings_which_solver(self) -> None:
@@ -249,6 +262,14 @@ class TestOurOwnPlugins:
             if method.distribution in self.projects()
         }
         assert ours == OFFICIAL_DISTRIBUTIONS
+
+    def test_and_which_executor(self) -> None:
+        ours = {
+            name: method.distribution
+            for name, method in inf.executors.items()
+            if method.distribution in self.projects()
+        }
+        assert ours == OFFICIAL_EXECUTORS
 
     def test_versions_are_those_of_the_distributions(self) -> None:
         projects = self.projects()

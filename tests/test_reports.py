@@ -259,9 +259,9 @@ def test_a_report_is_a_table() -> None:
 def test_classification_with_a_hessian_reports_negative_curvature() -> None:
     torch.manual_seed(0)
     instance = cases.make("mse")
-    model = inf.compose(instance.model, nn.MSELoss(), solver="cg", source="hessian", on_failure="ignore").fit(
-        instance.data
-    )
+    model = inf.compose(
+        instance.model, nn.MSELoss(), solver="cg", source="hessian", on_failure="ignore", preflight=False
+    ).fit(instance.data)
     model.influence_factors(*instance.data[0])
     (block,) = model.report.blocks
     failed = [i for i, reason in enumerate(block.reason) if reason is inf.StopReason.NEGATIVE_CURVATURE]

@@ -147,6 +147,7 @@ def test_right_hand_sides_share_each_forward_pass(source: str) -> None:
     batches = len(list(problem.batches()))
     assert batches > 1
     operator = cases.operator(source, problem)
+    operator.cover()  # the layers are looked for once, on two samples
     assert passes(model, operator, cases.columns(operator)) == batches
     assert passes(model, operator, cases.columns(operator, 40)) == batches
     assert passes(model, operator, cases.columns(operator, 0)) == 0
@@ -158,6 +159,7 @@ def test_graphs_are_reused_and_change_nothing(source: str, budget: int, precompu
     model, instance = counted("ragged_last_batch")
     problem = cases.problem(instance, memory_budget=budget)
     operator = cases.operator(source, problem, precompute_grad=precompute_grad)
+    operator.cover()  # the layers are looked for once, on two samples
     batches = len(list(problem.batches()))
     columns = cases.columns(operator, 3)
     assert passes(model, operator, columns) == batches

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import signal
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +19,25 @@ from torch import nn
 import influence_framework as inf
 from influence_framework.attribution import attribute, store
 from tests import nets
-from tests.test_attribution import ROOMY, TEST, TIGHT, TRAIN, batches, model
+from tests.test_attribution import ROOMY, TEST, TIGHT, TRAIN, batches, fitted_once
 
-OUTPUTS: list[Any] = ["matrix", {"name": "top_k", "k": 5}, "mean", "self_influence"]
+OUTPUTS: list[Any] = ["matrix", {"name": "top_k", "k": 5}, "mean", "self_influence", "factors"]
 
 
 def run(path: Path | None, output: Any, budget: int = TIGHT) -> inf.Scored:
-    test = None if output == "self_influence" else batches(TEST, 4)
-    return attribute(model("direct", budget), test, batches(TRAIN, 17), output=output, store=path)
+    test = None if output in ("self_influence", "factors") else batches(TEST, 4)
+    return attribute(fitted_once("direct", budget), test, batches(TRAIN, 17), output=output, store=path)
 
 
 @pytest.mark.parametrize("output", OUTPUTS, ids=str)
 def test_a_store_holds_what_the_result_holds(output: Any, tmp_path: Path) -> None:
-    kept, plain = run(tmp_path / "s", output), run(None, output)
-    for name, column in plain.columns.items():
-        np.testing.assert_array_equal(kept.columns[name], column)
-    again = run(tmp_path / "s", output)
-    for name, column in plain.columns.items():
-        np.testing.assert_array_equal(again.columns[name], column)
+    plain = run(None, output)
+    for scored in (run(tmp_path / "s", output), run(tmp_path / "s", output)):
+        if output == "factors":
+            np.testing.assert_array_equal(scored.array[:], plain.array)
+            continue
+        for name, column in plain.columns.items():
+            np.testing.assert_array_equal(scored.columns[name], column)
 
 
 def test_a_full_matrix_is_a_zarr_array_of_version_3(tmp_path: Path) -> None:
@@ -47,6 +47,27 @@ def test_a_full_matrix_is_a_zarr_array_of_version_3(tmp_path: Path) -> None:
     assert array.shape == (len(TEST[0]), len(TRAIN[0]))
     assert array.nchunks > 4
     np.testing.assert_array_equal(array[:], run(None, "matrix").array)
+
+
+def test_an_array_carries_what_it_is(tmp_path: Path) -> None:
+    run(tmp_path / "s", "matrix")
+    array = zarr.open_array(tmp_path / "s" / "scores.zarr", mode="r")
+    assert array.metadata.dimension_names == ("test", "train")
+    assert array.attrs["units"].startswith("∇ℓ(test)ᵀ (C + λI)⁻¹")
+    assert array.attrs["shape"] == [len(TEST[0]), len(TRAIN[0])]
+    assert array.attrs["solver"].startswith("DirectSolver(")
+
+
+def test_factors_on_disk_are_those_of_the_model(tmp_path: Path) -> None:
+    fitted = fitted_once("direct", TIGHT)
+    scored = attribute(fitted, None, batches(TEST, 4), output="factors", store=tmp_path / "s")
+    array = zarr.open_array(tmp_path / "s" / "scores.zarr", mode="r")
+    factors = torch.from_numpy(array[:])
+    torch.testing.assert_close(factors, fitted.influence_factors(*TEST), rtol=1e-9, atol=1e-11)
+    assert array.nchunks > 4
+    assert len(scored.train_ids) == len(TEST[0])
+    scores = fitted.influences_from_factors(factors, *TRAIN)
+    torch.testing.assert_close(scores, fitted.influences(*TEST, *TRAIN), rtol=1e-9, atol=1e-11)
 
 
 def test_a_table_is_readable_with_pandas(tmp_path: Path) -> None:
@@ -129,12 +150,13 @@ def test_only_what_is_missing_is_computed_again(tmp_path: Path, monkeypatch: pyt
     stopped = Stopping(after=5)
     settings: dict[str, Any] = {"test": batches(TEST, 4), "train": batches(TRAIN, 17), "store": tmp_path / "s"}
     with pytest.raises(KeyboardInterrupt):
-        attribute(model("direct", TIGHT), **settings, executor=stopped)
+        attribute(fitted_once("direct", TIGHT), **settings, executor=stopped)
     rest = Stopping(after=10**9)
-    scored = attribute(model("direct", TIGHT), **settings, executor=rest)
+    scored = attribute(fitted_once("direct", TIGHT), **settings, executor=rest)
     whole = Stopping(after=10**9)
-    plain = attribute(model("direct", TIGHT), settings["test"], settings["train"], executor=whole)
-    assert rest.computed == whole.computed - 4  # the fifth was computed, and not collected any more
+    plain = attribute(fitted_once("direct", TIGHT), settings["test"], settings["train"], executor=whole)
+    # Of the first group of test points three blocks were collected: its solving and the rest are done again.
+    assert rest.computed == whole.computed - 3
     np.testing.assert_array_equal(scored.array[:], plain.array)
 
 
@@ -153,44 +175,36 @@ class Stopping:
             yield block, result
 
 
-SCRIPT = """
-import sys
-import time
-from pathlib import Path
-from influence_framework.attribution import store
-from tests.test_store import run
-
-store.SAVE_EVERY = 0.0
-class Slow(store.Store):
-    def finished(self, *arguments):
-        super().finished(*arguments)
-        print("block", flush=True)
-        time.sleep(0.02)
-import influence_framework.attribution.run as module
-module.Store = Slow
-import json
-run(Path(sys.argv[1]), json.loads(sys.argv[2]))
-"""
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For each output, by its place in ``OUTPUTS``, stores of runs that were killed at ten random moments."""
+    folder = tmp_path_factory.mktemp("killed")
+    command = [sys.executable, "-m", "tests.killing", str(folder), json.dumps(OUTPUTS)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[1], env=environment, check=True, capture_output=True, text=True
+    )
+    for index, line in enumerate(done.stdout.splitlines()):
+        stores, kills = json.loads(line)
+        assert kills == 10
+        assert len(list((folder / str(index)).iterdir())) == stores + 1
+    return folder
 
 
-@pytest.mark.parametrize("output", OUTPUTS[:3], ids=str)
-def test_a_run_that_was_killed_goes_on_to_the_same_result(output: Any, tmp_path: Path) -> None:
-    path = tmp_path / "s"
-    generator = np.random.default_rng(0)
-    command = [sys.executable, "-c", SCRIPT, str(path), json.dumps(output)]
-    for _ in range(3):
-        process = subprocess.Popen(
-            command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(float(generator.uniform(0, 0.1)))
-        process.send_signal(signal.SIGKILL)
-        process.stdout.close()
-        process.wait()
-    killed, plain = run(path, output), run(None, output)
-    for name, column in plain.columns.items():
-        np.testing.assert_array_equal(killed.columns[name], column)
+@pytest.mark.parametrize("index", range(len(OUTPUTS)), ids=lambda index: str(OUTPUTS[index]))
+def test_a_run_that_was_killed_goes_on_to_the_same_result(index: int, killed: Path) -> None:
+    """File by file, to the last byte."""
+    whole, *others = sorted((killed / str(index)).iterdir(), key=lambda path: path.name != "whole")
+    expected = contents(whole)
+    assert len(expected) > 3
+    for other in others:
+        found = contents(other)
+        assert found.keys() == expected.keys()
+        assert [name for name, content in expected.items() if found[name] != content] == []
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def test_without_zarr_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,24 @@ class Block:
     def columns(self) -> slice:
         """Their positions."""
         return slice(self.start, self.start + len(self))
+
+    def pieces(self, count: int) -> Iterator[Block]:
+        """The same samples as at most ``count`` blocks of about the same size."""
+        if count <= 1:
+            yield self
+            return
+        size = ceil(len(self) / count)
+        start, waiting, seen = self.start, [], 0
+        for batch in self.batches:
+            length = len(next(leaves(batch)))
+            waiting.append((batch, self.ids[seen : seen + length]))
+            seen += length
+        left = len(self)
+        while left:
+            piece, waiting = _cut(waiting, min(size, left))
+            yield Block(start, *piece)
+            start += size
+            left -= len(piece[1])
 
 
 def blocks(loader: Iterable[Any], size: int) -> Iterator[Block]:

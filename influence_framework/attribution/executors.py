@@ -1,32 +1,78 @@
-"""Where the blocks of a job are computed."""
+"""Where work is done: here, or by several processes alike. Registered through the same hook as anyone's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from itertools import islice
+from typing import Any
 
-from influence_framework.attribution.blocks import Block
-from influence_framework.attribution.queries import Computed, Job
+import torch
 
-
-@runtime_checkable
-class Executor(Protocol):
-    """Computes a job for every block: frozen options, no state."""
-
-    def run(self, job: Job, blocks: Iterable[Block]) -> Iterator[tuple[Block, Computed]]:
-        """Every block with its result, once each, in whatever order they are done.
-
-        ``blocks`` is to be read no further ahead than the workers need, since each holds data.
-        """
-        ...
+from influence_framework.devices import to_device
+from influence_framework.hookspecs import Register, hookimpl
+from influence_framework.processes import Processes
+from influence_framework.protocols import Result, Unit
 
 
 @dataclass(frozen=True)
 class SequentialExecutor:
-    """One block after the other, in this process."""
+    """One unit after the other, in this process."""
 
-    def run(self, job: Job, blocks: Iterable[Block]) -> Iterator[tuple[Block, Computed]]:
-        """Every block with its result, in order."""
-        for block in blocks:
-            yield block, job(block)
+    def run(self, job: Callable[[Unit], Result], units: Iterable[Unit]) -> Iterator[tuple[Unit, Result]]:
+        """Every unit with its result, in order."""
+        for unit in units:
+            yield unit, job(unit)
+
+    def processes(self) -> None:
+        """The training data is not divided."""
+
+
+@dataclass(frozen=True)
+class TorchDistributedExecutor:
+    """The processes of ``torch.distributed``, all of which run the same program: under ``torchrun``, say.
+
+    In a fit each has its share of the training data, and sums over the data are summed over the processes.
+    Units are dealt out one by one, and each process gets all results. What takes products with the curvature
+    of data that is divided is done by all processes together.
+
+    Attributes:
+        group: The process group; the default one where left out.
+        divided: Whether the training data that each process gives to ``fit`` is its own share already, as with
+            a ``DistributedSampler``; without it each gives all of the data.
+    """
+
+    group: Any = None
+    divided: bool = False
+
+    @property
+    def workers(self) -> int:
+        """The number of processes."""
+        return self.processes().count
+
+    def processes(self) -> Processes:
+        """The processes of the group.
+
+        Raises:
+            InvalidInputError: No group has been made.
+        """
+        return Processes(self.group, self.divided)
+
+    def run(self, job: Callable[[Unit], Result], units: Iterable[Unit]) -> Iterator[tuple[Unit, Result]]:
+        """Every unit with its result, in order, in every process."""
+        if not getattr(job, "alone", False):
+            yield from SequentialExecutor().run(job, units)
+            return
+        processes, rest = self.processes(), iter(units)
+        while dealt := list(islice(rest, processes.count)):
+            own = [job(unit) for unit in dealt[processes.rank : processes.rank + 1]]
+            place = f"blocks from {getattr(dealt[0], 'start', 0)} on, {len(dealt)} of them"
+            results = processes.gather(to_device(own, torch.device("cpu")), place)
+            yield from zip(dealt, (result for of_one in results for result in of_one), strict=True)
+
+
+@hookimpl
+def register_executors(register: Register) -> None:
+    """Announce core's own executors."""
+    register("sequential", SequentialExecutor)
+    register("torch_distributed", TorchDistributedExecutor)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from influence_framework.attribution.blocks import Identifiers, blocks
 from influence_framework.data import Batch, leaves
 from influence_framework.errors import InvalidInputError
+from influence_framework.fingerprints import raw
 
 READ = 1024
 """Samples read at a time."""
@@ -32,7 +31,7 @@ class Digest:
             self._parts.append(hashlib.blake2b(digest_size=16))
         for part, tensor in zip(self._parts, tensors, strict=False):
             part.update(f"{tensor.dtype}{tuple(tensor.shape[1:])}".encode() if tensor.shape[0] else b"")
-            part.update(_bytes(tensor))
+            part.update(raw(tensor))
 
     def hexdigest(self) -> str:
         """32 hexadecimal digits."""
@@ -40,20 +39,6 @@ class Digest:
         for part in self._parts:
             whole.update(part.digest())
         return whole.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    plain = tensor.detach().to("cpu").contiguous()
-    return plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
-
-
-def fingerprint(named: Mapping[str, Tensor]) -> str:
-    """Of named tensors, such as the parameters and buffers of a model."""
-    whole = hashlib.blake2b(digest_size=16)
-    for name, tensor in named.items():
-        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        whole.update(_bytes(tensor))
-    return whole.hexdigest()
 
 
 @dataclass(frozen=True)

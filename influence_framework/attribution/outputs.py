@@ -31,6 +31,10 @@ class Output(ABC):
     name: ClassVar[str]
     pairs: ClassVar[bool] = True
     """Whether there are test points."""
+    units: ClassVar[str] = (
+        "∇ℓ(test)ᵀ (C + λI)⁻¹ ∇ℓ(train), C the curvature of the mean training loss: removing a training point "
+        "from n changes the loss of the test point by about +score/n"
+    )
 
     normalize: str | None = field(default=None, kw_only=True)
 
@@ -101,6 +105,33 @@ class MatrixCollector(Collector):
             "train": np.tile(train, len(test)),
             "score": scores.reshape(-1),
         }
+
+
+@dataclass(frozen=True)
+class Factors(Output):
+    """``(C + λI)⁻¹ ∇ℓ(z)`` of every point, ``(n, P)``, one row each: what ``influences_from_factors`` takes."""
+
+    name = "factors"
+    pairs = False
+    units = "(C + λI)⁻¹ ∇ℓ(z), in the order of the flat parameter vector"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.normalize is not None:
+            raise InvalidInputError("Factors are of single points: leave normalize out.")
+
+    def collector(self, test: int, train: int, dtype: np.dtype[Any]) -> FactorsCollector:
+        return FactorsCollector(np.empty((train, test), dtype))
+
+
+class FactorsCollector(MatrixCollector):
+    """Writes the factors of a block as rows."""
+
+    def add(self, rows: slice, columns: slice, scores: Array) -> None:
+        self.scores[columns, rows] = scores.T
+
+    def columns(self, test: Identifiers, train: Identifiers) -> Mapping[str, Array]:
+        raise InvalidInputError("Factors are no table: use array and train_ids.")
 
 
 @dataclass(frozen=True)
@@ -194,6 +225,7 @@ class SelfInfluence(Output):
 
     name = "self_influence"
     pairs = False
+    units = "∇ℓ(z)ᵀ (C + λI)⁻¹ ∇ℓ(z), C the curvature of the mean training loss"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -229,7 +261,7 @@ class VectorCollector(Collector):
         return {"train": train, "score": self.total / self.count}
 
 
-OUTPUTS: Mapping[str, type[Output]] = {cls.name: cls for cls in (Matrix, TopK, Mean, SelfInfluence)}
+OUTPUTS: Mapping[str, type[Output]] = {cls.name: cls for cls in (Matrix, TopK, Mean, SelfInfluence, Factors)}
 
 
 def resolve_output(output: str | Mapping[str, Any] | Output) -> Output:
@@ -261,7 +293,6 @@ class Scored:
         test_ids: ``(n_test,)``; empty where there are no test points.
         train_ids: ``(n_train,)``.
         collected: The result by name of column, one row for each score kept.
-        array: ``(n_test, n_train)`` of the output ``matrix``, in memory or on disk; else ``None``.
     """
 
     output: Output
@@ -271,7 +302,7 @@ class Scored:
 
     @property
     def array(self) -> Any:
-        """``(n_test, n_train)`` of the output ``matrix``, in memory or on disk."""
+        """``(n_test, n_train)`` of the output ``matrix``, ``(n, P)`` of ``factors``, in memory or on disk."""
         if not isinstance(self.collected, MatrixCollector):
             raise InvalidInputError(
                 f"The output {self.output.name!r} has no matrix: use columns or to_pandas()."

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from influence_framework.attribution.blocks import Block
 from influence_framework.data import Batch, take
+from influence_framework.devices import to_device
 from influence_framework.fitted import Fitted
 from influence_framework.layer_scores import Sides, nbytes
 from influence_framework.points import checked_points
@@ -40,6 +41,9 @@ Job = Callable[[Block], Computed]
 class FactorScores:
     """Scores with factors ``(C + λI)⁻¹ ∇ℓ(z_test)``, ``(m, P)``."""
 
+    alone: ClassVar[bool] = True
+    """Whether one of the processes that the data is divided between can do this without the others."""
+
     fitted: Fitted
     factors: Float[Tensor, "m P"]
 
@@ -55,6 +59,9 @@ class FactorScores:
 class LayerScores:
     """Scores from inputs and output gradients of layers, for inverses that work on these."""
 
+    alone: ClassVar[bool] = True
+    """As of :class:`FactorScores`."""
+
     fitted: Fitted
     held: Sides
     count: int
@@ -63,7 +70,8 @@ class LayerScores:
         scorer = self.fitted.layer_scorer()
         assert scorer is not None
         found = [
-            _total(scorer.with_held(self.held, self.count, batch)) for batch in _checked(self.fitted, block)
+            _total(scorer.with_held(self.held, self.count, batch))
+            for batch in _checked(self.fitted, block, outputs=False)
         ]
         return Computed(torch.cat(found, dim=1), SolveReport())
 
@@ -74,10 +82,31 @@ class SelfScores:
 
     fitted: Fitted
 
+    @property
+    def alone(self) -> bool:
+        """As of :class:`FactorScores`."""
+        return solves_alone(self.fitted)
+
     def __call__(self, block: Block) -> Computed:
         log = SolveLog()
-        found = [_total(self.fitted.self_scores(batch, log)) for batch in _checked(self.fitted, block)]
+        outputs = self.fitted.layer_scorer() is None
+        batches = _checked(self.fitted, block, outputs=outputs)
+        found = [_total(self.fitted.self_scores(batch, log)) for batch in batches]
         return Computed(torch.cat(found)[None], log.report())
+
+
+@dataclass(frozen=True)
+class FactorRows:
+    """``(C + λI)⁻¹ ∇ℓ(z)`` of every training point, one column each."""
+
+    fitted: Fitted
+
+    def __call__(self, block: Block) -> Computed:
+        log = SolveLog()
+        found = [
+            self.fitted.assemble(self.fitted.factors(batch, log)) for batch in _checked(self.fitted, block)
+        ]
+        return Computed(torch.cat(found).T, log.report())
 
 
 @dataclass(frozen=True)
@@ -85,6 +114,11 @@ class FactorNorms:
     """``‖(C + λI)⁻¹ ∇ℓ(z)‖`` of every training point, as one row."""
 
     fitted: Fitted
+
+    @property
+    def alone(self) -> bool:
+        """As of :class:`FactorScores`, by right-hand sides."""
+        return not self.fitted.divided
 
     def __call__(self, block: Block) -> Computed:
         log = SolveLog()
@@ -95,14 +129,54 @@ class FactorNorms:
         return Computed(torch.cat(found)[None], log.report())
 
 
-def query(fitted: Fitted, block: Block, log: SolveLog) -> Job:
-    """What scores need of a block of test points: each is solved for once, here."""
-    scorer = fitted.layer_scorer()
-    batches = _checked(fitted, block)
-    if scorer is not None:
-        prepared = [sides for batch in batches for _, sides in scorer.prepared(batch)]
-        return LayerScores(fitted, scorer.combined(prepared), len(block))
-    return FactorScores(fitted, torch.cat([fitted.assemble(fitted.factors(batch, log)) for batch in batches]))
+class Prepared(NamedTuple):
+    """What scores need of some test points.
+
+    Attributes:
+        held: Factors ``(C + λI)⁻¹ ∇ℓ``, ``(m, P)``; or, for inverses that work on layers, those' own objects.
+        report: On right-hand sides, where there were any.
+    """
+
+    held: Float[Tensor, "m P"] | Sides
+    report: SolveReport
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Works out what scores need of test points: each is solved for once, here."""
+
+    fitted: Fitted
+
+    @property
+    def alone(self) -> bool:
+        """As of :class:`FactorScores`."""
+        return solves_alone(self.fitted)
+
+    def __call__(self, block: Block) -> Prepared:
+        log = SolveLog()
+        scorer = self.fitted.layer_scorer()
+        batches = _checked(self.fitted, block, outputs=scorer is None)
+        if scorer is not None:
+            return Prepared(scorer.combined([s for b in batches for _, s in scorer.prepared(b)]), log.report())
+        factors = [self.fitted.assemble(self.fitted.factors(batch, log)) for batch in batches]
+        return Prepared(torch.cat(factors), log.report())
+
+    def job(self, parts: Sequence[Prepared], count: int) -> Job:
+        """The job of ``count`` test points from all their parts, in order."""
+        scorer = self.fitted.layer_scorer()
+        if scorer is not None:
+            held = scorer.combined([cast(Sides, part) for part in self._present(parts)])
+            return LayerScores(self.fitted, held, count)
+        return FactorScores(self.fitted, torch.cat([cast(Tensor, part) for part in self._present(parts)]))
+
+    def _present(self, parts: Sequence[Prepared]) -> list[Tensor | Sides]:
+        """On the device of the model, from wherever they were worked out."""
+        return [to_device(part.held, self.fitted.problem.parameters.device) for part in parts]
+
+
+def solves_alone(fitted: Fitted) -> bool:
+    """Whether no solve takes products with data that is divided between processes."""
+    return not fitted.divided or fitted.layer_scorer() is not None
 
 
 def points_at_once(fitted: Fitted) -> int:
@@ -121,6 +195,6 @@ def _total(by_block: Mapping[str, Tensor]) -> Tensor:
     return torch.stack(list(by_block.values())).sum(0)
 
 
-def _checked(fitted: Fitted, block: Block) -> Iterator[Batch]:
+def _checked(fitted: Fitted, block: Block, *, outputs: bool = True) -> Iterator[Batch]:
     for x, y in block.batches:
-        yield checked_points(fitted, x, y, f"points from {block.start} on")
+        yield checked_points(fitted, x, y, f"points from {block.start} on", outputs=outputs)

@@ -4,42 +4,45 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from influence_framework.attribution.blocks import Block, blocks
-from influence_framework.attribution.executors import Executor, SequentialExecutor
-from influence_framework.attribution.fingerprints import Digest, Survey, fingerprint
+from influence_framework.attribution.fingerprints import Survey
 from influence_framework.attribution.outputs import (
     Collector,
+    Factors,
     Matrix,
     Output,
     Scored,
     resolve_output,
 )
+from influence_framework.attribution.places import Forgetting, Place
 from influence_framework.attribution.queries import (
     Computed,
     FactorNorms,
+    FactorRows,
     Job,
+    Preparation,
     SelfScores,
     points_at_once,
-    query,
 )
 from influence_framework.attribution.store import FORMAT, Store
 from influence_framework.errors import InvalidInputError
+from influence_framework.fingerprints import fingerprint
 from influence_framework.fitted import Fitted
 from influence_framework.influence import TorchInfluenceFunctionModel
+from influence_framework.protocols import Executor, Fitting, Solver
+from influence_framework.registry import Registry, default_registry
 from influence_framework.reports import SolveReport
 from influence_framework.solving import SolveLog
+from influence_framework.specs import Spec, resolve
 
-UNITS = (
-    "∇ℓ(test)ᵀ (C + λI)⁻¹ ∇ℓ(train), C the curvature of the mean training loss: removing a training point "
-    "from n changes the loss of the test point by about +score/n"
-)
 LARGEST = 1024
 """Training points a block at most: larger ones gain nothing."""
 
@@ -50,9 +53,10 @@ def attribute(
     train: Iterable[Any],
     *,
     output: str | Mapping[str, Any] | Output = "matrix",
-    executor: Executor | None = None,
+    executor: Spec | Executor = "sequential",
     store: str | os.PathLike[str] | None = None,
     progress: bool = False,
+    registry: Registry = default_registry,
 ) -> Scored:
     """Scores in mode Up of every training point with every test point, from loaders, in bounded memory.
 
@@ -66,32 +70,40 @@ def attribute(
         test: Re-iterable of batches ``(x, y)`` or ``(x, y, identifiers)`` of the test points; ``None`` where
             the output needs none.
         train: The same of the training points.
-        output: What to keep: ``"matrix"``, ``"top_k"``, ``"mean"``, ``"self_influence"``, a mapping with
-            ``name`` and options (``{"name": "top_k", "k": 20, "normalize": "l_relatif"}``), or an
+        output: What to keep: ``"matrix"``, ``"top_k"``, ``"mean"``, ``"self_influence"``, ``"factors"``, a
+            mapping with ``name`` and options (``{"name": "top_k", "k": 20, "normalize": "l_relatif"}``), or an
             :class:`Output`.
-        executor: Where blocks are computed; one after the other in this process where left out.
+        executor: Where test points are solved for and blocks are computed: ``"sequential"``, one after the
+            other in this process; the name of another one that is installed (``list(inf.executors)``), a
+            mapping with ``name`` and options, or an instance.
         store: A folder to write to. A run that was killed goes on there when it is called again.
         progress: Show a bar that counts scores.
+        registry: Where an executor's name is looked up.
 
     Returns:
         The scores with the identifiers of their points.
 
     Raises:
         NotFittedError: Before ``fit``.
+        UnknownMethodError: No executor of that name; the message lists what exists.
         InvalidInputError: What does not fit, with the remedy; a store that holds scores of something else.
     """
     fitted = model.fitted
     chosen = resolve_output(output)
+    worker = resolve("executor", executor, registry)
     if chosen.pairs and test is None:
         raise InvalidInputError(f"The output {chosen.name!r} is of pairs: pass test points too.")
     if not chosen.pairs and test is not None:
         raise InvalidInputError(f"The output {chosen.name!r} is of training points alone: pass test=None.")
-    surveys = {"training points": Survey.of(train, "training points")}
-    if test is not None:
-        surveys["test points"] = Survey.of(test, "test points")
-    run = _Run(model, fitted, chosen, executor or SequentialExecutor(), surveys)
-    with model.solving() as log:
-        return run.into(Store(store, run.manifest()) if store is not None else None, test, train, log, progress)
+    processes = worker.processes() if isinstance(worker, Fitting) else None
+    processes = processes or fitted.problem.processes
+    with nullcontext() if processes is None else processes.together():
+        surveys = {"training points": Survey.of(train, "training points")}
+        if test is not None:
+            surveys["test points"] = Survey.of(test, "test points")
+        run = _Run(model, fitted, chosen, worker, surveys, Place.of(processes, surveys))
+        with model.solving() as log:
+            return run.into(run.place.store(store, run.manifest()), test, train, log, progress)
 
 
 @dataclass(frozen=True)
@@ -103,16 +115,18 @@ class _Run:
     output: Output
     executor: Executor
     surveys: Mapping[str, Survey]
+    place: Place
 
     @property
     def shape(self) -> tuple[int, int]:
         test = self.surveys.get("test points")
-        return (1 if test is None else len(test.ids), len(self.surveys["training points"].ids))
+        alone = self.fitted.problem.parameters.numel if isinstance(self.output, Factors) else 1
+        return (alone if test is None else len(test.ids), len(self.surveys["training points"].ids))
 
     @property
     def chunks(self) -> tuple[int, int]:
         """Test and training points of a block: half of the budget for the ones, a quarter for the scores."""
-        rows = min(self.shape[0], points_at_once(self.fitted)) if self.output.pairs else 1
+        rows = min(self.shape[0], points_at_once(self.fitted)) if self.output.pairs else self.shape[0]
         room = self.fitted.problem.memory_budget // (4 * 8 * rows)
         return rows, max(1, min(self.shape[1], LARGEST, room))
 
@@ -122,21 +136,19 @@ class _Run:
 
     def manifest(self) -> dict[str, Any]:
         """What the scores are of."""
-        fit = Digest()
-        for batch, _ in self.fitted.problem.batches():
-            fit.update(batch)
         return {
             "format": FORMAT,
             "output": {"name": self.output.name, **asdict(self.output)},
-            "solver": repr(self.model.solver),
+            "solver": repr(_quiet(self.model.solver)),
             "source": repr(self.model.source),
             "blocks": {name: block.regularization for name, block in self.fitted.blocks.items()},
             "model": fingerprint(self.fitted.state),
-            "fitted to": fit.hexdigest(),
+            "fitted to": asdict(self.fitted.problem.fingerprint),
             **{what: {"count": len(s.ids), "fingerprint": s.digest} for what, s in self.surveys.items()},
+            "shape": list(self.shape),
             "chunks": list(self.chunks),
             "dtype": str(self.dtype),
-            "units": UNITS,
+            "units": self.output.units,
         }
 
     def into(
@@ -149,39 +161,54 @@ class _Run:
     ) -> Scored:
         """Collect what is not in the store yet."""
         collector = self._collector(store)
-        done: set[tuple[int, int]] = set()
         if store is not None:
             store.resume(collector)
-            done = store.done
+        done = self.place.resumed(store, collector)
         total = self.shape[0] * self.shape[1]
-        with tqdm(total=total, desc="Scores", unit="score", unit_scale=True, disable=not progress) as bar:
-            for start, stop in self._groups():
-                rows = slice(start, stop)
-                wanted = [c for c in range(0, self.shape[1], self.chunks[1]) if (start, c) not in done]
-                bar.update((stop - start) * (self.shape[1] - self._width(wanted)))
+        quiet = not (progress and self.place.leads)
+        with tqdm(total=total, desc="Scores", unit="score", unit_scale=True, disable=quiet) as bar:
+            for rows, points in self._groups(test):
+                count = rows.stop - rows.start
+                wanted = [c for c in range(0, self.shape[1], self.chunks[1]) if (rows.start, c) not in done]
+                bar.update(count * (self.shape[1] - self._width(wanted)))
                 if not wanted:
                     continue
-                job = self._job(test, start, log)
+                job = self._job(points, log)
                 for block, computed in self.executor.run(job, self._blocks(train, set(wanted))):
                     collector.add(rows, block.columns, computed.values.cpu().numpy())
                     log.absorb(computed.report)
-                    bar.update((stop - start) * len(block))
+                    bar.update(count * len(block))
                     if store is not None:
                         store.finished(rows, block.columns, collector)
         ids = {what: survey.ids for what, survey in self.surveys.items()}
         scored = Scored(self.output, ids.get("test points", np.arange(0)), ids["training points"], collector)
         if store is not None:
             store.conclude(collector, scored.test_ids, scored.train_ids)
-        return scored
+        return self.place.concluded(scored)
 
     def _collector(self, store: Store | None) -> Collector:
-        if store is not None and isinstance(self.output, Matrix):
-            return store.matrix(self.shape, self.chunks, self.dtype)
+        if isinstance(self.output, Matrix | Factors):
+            if store is not None:
+                return store.matrix(self.output, self.shape, self.chunks, self.dtype)
+            if self.place.folder is not None:
+                return Forgetting()
         return self.output.collector(*self.shape, self.dtype)
 
-    def _groups(self) -> Iterator[tuple[int, int]]:
-        for start in range(0, self.shape[0], self.chunks[0]):
-            yield start, min(self.shape[0], start + self.chunks[0])
+    def _groups(self, test: Iterable[Any] | None) -> Iterator[tuple[slice, Block | None]]:
+        """The rows of each group with its test points, in one pass over them."""
+        if test is None:
+            yield slice(0, self.shape[0]), None
+            return
+        read = 0
+        for block in blocks(test, self.chunks[0]):
+            self.surveys["test points"].check(block.start, block.ids, "test points")
+            read += len(block)
+            yield block.columns, block
+        if read != self.shape[0]:
+            raise InvalidInputError(
+                f"The loader of the test points yielded {self.shape[0]} points when first read and {read} "
+                "now: it must yield the same ones in every pass."
+            )
 
     def _width(self, starts: list[int]) -> int:
         return sum(min(self.chunks[1], self.shape[1] - start) for start in starts)
@@ -192,20 +219,29 @@ class _Run:
             if block.start in wanted:
                 yield block
 
-    def _job(self, test: Iterable[Any] | None, start: int, log: SolveLog) -> Job:
-        """The job of the test points from ``start`` on."""
-        if test is None:
-            return SelfScores(self.fitted)
-        for block in blocks(test, self.chunks[0]):
-            self.surveys["test points"].check(block.start, block.ids, "test points")
-            if block.start == start:
-                job = query(self.fitted, block, log)
-                return (
-                    job if self.output.normalize is None else Relative(job, self.fitted, self.output.normalize)
-                )
-        raise InvalidInputError(
-            "The loader of the test points yields fewer points than when it was first read."
-        )
+    def _job(self, points: Block | None, log: SolveLog) -> Job:
+        """The job of a group of test points, or of none."""
+        if points is None:
+            return FactorRows(self.fitted) if isinstance(self.output, Factors) else SelfScores(self.fitted)
+        job = self._prepared(points, log)
+        return job if self.output.normalize is None else Relative(job, self.fitted, self.output.normalize)
+
+    def _prepared(self, block: Block, log: SolveLog) -> Job:
+        preparation = Preparation(self.fitted)
+        # What is done by all processes together is best done at once.
+        pieces = getattr(self.executor, "workers", 1) if preparation.alone else 1
+        done = list(self.executor.run(preparation, block.pieces(pieces)))
+        parts = [part for _, part in sorted(done, key=lambda pair: pair[0].start)]
+        for part in parts:
+            log.absorb(part.report)
+        return preparation.job(parts, len(block))
+
+
+def _quiet(solver: Solver) -> Solver:
+    """The solver without its bar, which is no part of what is computed."""
+    if is_dataclass(solver) and any(field.name == "progress" for field in fields(solver)):
+        return cast(Solver, replace(solver, progress=False))
+    return solver
 
 
 @dataclass(frozen=True)
@@ -216,10 +252,18 @@ class Relative:
     fitted: Fitted
     normalize: str
 
+    @property
+    def alone(self) -> bool:
+        """As of what it divides by."""
+        return self._own.alone
+
+    @property
+    def _own(self) -> SelfScores | FactorNorms:
+        return SelfScores(self.fitted) if self.normalize == "l_relatif" else FactorNorms(self.fitted)
+
     def __call__(self, block: Block) -> Computed:
         scores, report = self.job(block)
-        own = SelfScores(self.fitted) if self.normalize == "l_relatif" else FactorNorms(self.fitted)
-        sizes, solved = own(block)
+        sizes, solved = self._own(block)
         sizes = sizes.clamp(min=0).sqrt() if self.normalize == "l_relatif" else sizes
         values = torch.where(sizes > 0, scores / sizes, 0.0)
         return Computed(values, SolveReport(report.blocks + solved.blocks, report.hints + solved.hints))

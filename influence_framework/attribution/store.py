@@ -6,15 +6,23 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from influence_framework.attribution.blocks import Identifiers
-from influence_framework.attribution.outputs import Array, Collector, MatrixCollector
+from influence_framework.attribution.outputs import (
+    Array,
+    Collector,
+    Factors,
+    FactorsCollector,
+    MatrixCollector,
+    Output,
+)
+from influence_framework.data import Fingerprint
 from influence_framework.errors import InvalidInputError
+from influence_framework.versions import versions
 
 FORMAT = 1
 MANIFEST, STATE, SCORES, TABLE, IDENTIFIERS = "manifest.json", "state.npz", "scores.zarr", "table", "ids.npz"
@@ -26,9 +34,9 @@ class Store:
     """Scores on disk, block by block, with all that tells what they are.
 
     The folder holds ``manifest.json`` (composition, fingerprints, versions, shapes, units), ``ids.npz``, the
-    array ``scores.zarr`` of a full matrix, ``state.npz`` with the blocks that are done and what an output
-    keeps between them, and at the end, for other outputs than the matrix, ``table.npz`` and, where pyarrow is
-    installed, ``table.parquet``.
+    array ``scores.zarr`` of a full matrix or of factors, ``state.npz`` with the blocks that are done and what
+    an output keeps between them, and at the end, for other outputs than these, ``table.npz`` and, where pyarrow
+    is installed, ``table.parquet``.
 
     Args:
         path: The folder; made where it does not exist.
@@ -52,7 +60,7 @@ class Store:
                 f"{self.path} exists and is no store of scores (it has no {MANIFEST}): choose another path."
             )
         self.path.mkdir(parents=True, exist_ok=True)
-        self._write(MANIFEST, json.dumps(self.manifest | {"versions": versions()}, indent=2).encode())
+        self._write(MANIFEST, json.dumps(self.manifest | {"versions": versions("zarr")}, indent=2).encode())
 
     def _check(self) -> None:
         try:
@@ -63,21 +71,39 @@ class Store:
         differences = [
             f"{key}: {found.get(key)!r} there, {self.manifest.get(key)!r} here"
             for key in dict.fromkeys([*self.manifest, *found])
-            if found.get(key) != self.manifest.get(key)
+            if not _agree(key, found.get(key), self.manifest.get(key))
         ]
         if differences:
             raise InvalidInputError(
                 f"{self.path} holds scores of something else: {'; '.join(differences)}. Choose another path."
             )
 
-    def matrix(self, shape: tuple[int, int], chunks: tuple[int, int], dtype: np.dtype[Any]) -> MatrixCollector:
-        """The array of a full matrix, made where it does not exist."""
+    def matrix(
+        self, output: Output, shape: tuple[int, int], chunks: tuple[int, int], dtype: np.dtype[Any]
+    ) -> MatrixCollector:
+        """The array of a full matrix or of factors, made where it does not exist."""
         zarr = _zarr()
         location = self.path / SCORES
         if location.exists() and (self.path / STATE).exists():
-            return MatrixCollector(zarr.open_array(location, mode="r+"))
-        array = zarr.create_array(location, shape=shape, chunks=chunks, dtype=dtype, overwrite=True)
-        return MatrixCollector(array)
+            array = zarr.open_array(location, mode="r+")
+        else:
+            factors = isinstance(output, Factors)
+            array = zarr.create_array(
+                location,
+                shape=shape[::-1] if factors else shape,
+                chunks=chunks[::-1] if factors else chunks,
+                dtype=dtype,
+                dimension_names=("point", "parameter") if factors else ("test", "train"),
+                attributes=self.manifest,
+                overwrite=True,
+            )
+        return FactorsCollector(array) if isinstance(output, Factors) else MatrixCollector(array)
+
+    @staticmethod
+    def written(path: Path, output: Output) -> MatrixCollector:
+        """The array of a full matrix or of factors that was written to ``path``, to be read."""
+        array = _zarr().open_array(path / SCORES, mode="r")
+        return FactorsCollector(array) if isinstance(output, Factors) else MatrixCollector(array)
 
     def resume(self, collector: Collector) -> None:
         """Go on from where the last run was saved."""
@@ -130,15 +156,11 @@ class Store:
         temporary.replace(self.path / name)
 
 
-def versions() -> dict[str, str]:
-    """Of what computed the scores."""
-    found = {}
-    for name in ("influence-framework", "torch", "numpy", "zarr"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+def _agree(key: str, there: Any, here: Any) -> bool:
+    if key != "fitted to" or None in (there, here):
+        return bool(there == here)
+    # Sums over the same data in another order, or in other batches, are rounded otherwise.
+    return Fingerprint.of_json(there).agrees(Fingerprint.of_json(here))
 
 
 def _zarr() -> Any:

@@ -47,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = _check(arguments)
         elif arguments.command == "new-plugin":
             _new_plugin(arguments)
+        elif arguments.command == "run":
+            _run(arguments)
+        elif arguments.command == "top":
+            _top(arguments)
         else:
             _demo(arguments)
         sys.stdout.flush()
@@ -73,8 +77,10 @@ def _parser() -> argparse.ArgumentParser:
 
     plugins = commands.add_parser(
         "plugins",
-        help="list the installed solvers and curvature sources",
-        description="List the installed solvers and curvature sources, and the plugins that do not work.",
+        help="list the installed solvers, curvature sources and executors",
+        description=(
+            "List the installed solvers, curvature sources and executors, and the plugins that do not work."
+        ),
     )
     plugins.add_argument(
         "-v",
@@ -86,6 +92,33 @@ def _parser() -> argparse.ArgumentParser:
         "--tracebacks", action="store_true", help="show in full where each plugin that failed did so"
     )
     plugins.add_argument("--json", action="store_true", help="print all of it as JSON")
+
+    run = commands.add_parser(
+        "run",
+        help="compute the scores that a config file asks for",
+        description=(
+            "Fit a model and score training points by what a TOML file says, into a folder where a run that "
+            "was killed can go on. Everything in the file is checked before anything is computed."
+        ),
+    )
+    run.add_argument("config", type=Path, metavar="CONFIG", help="the file, such as config.toml")
+    run.add_argument(
+        "--resume", action="store_true", help="go on where a run that was stopped or killed has left the store"
+    )
+    run.add_argument("--no-progress", action="store_true", help="show no progress bars")
+
+    best = commands.add_parser(
+        "top",
+        help="print the most influential points of a store",
+        description="Print the training points with the largest and the smallest scores in a store.",
+    )
+    best.add_argument("store", type=Path, metavar="STORE", help="the folder that influence run has written")
+    best.add_argument(
+        "--test", metavar="ID", help="identifier of the test point: its position, if it has no other"
+    )
+    best.add_argument(
+        "-k", type=_count, default=10, metavar="N", help="how many helpful and how many harmful (default: 10)"
+    )
 
     create = commands.add_parser(
         "new-plugin",
@@ -152,6 +185,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {count}")
+    return count
+
+
 def _seed(text: str) -> int:
     seed = int(text)
     if not 0 <= seed < 2**63:
@@ -170,8 +210,24 @@ def _plugins(arguments: argparse.Namespace) -> None:
 
 def _new_plugin(arguments: argparse.Namespace) -> None:
     folder = new_plugin(arguments.name, arguments.directory)
-    place = shlex.quote(str(folder))
-    print(f"Wrote {folder}. Next:\n  pip install --editable {place}\n  influence check {arguments.name}")
+    place, with_tests = shlex.quote(str(folder)), shlex.quote(f"{folder}[test]")
+    steps = (f"pip install --editable {with_tests}", f"influence check {arguments.name}", f"pytest {place}")
+    print("\n  ".join((f"Wrote {folder}. Next:", *steps)))
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    # Imported here, so that the other commands start sooner.
+    from influence_framework.cli.run import run
+
+    outcome = run(arguments.config, resume=arguments.resume, progress=not arguments.no_progress)
+    if outcome is not None:
+        print(outcome)
+
+
+def _top(arguments: argparse.Namespace) -> None:
+    from influence_framework.cli.top import top
+
+    print(top(arguments.store, arguments.test, arguments.k))
 
 
 def _check(arguments: argparse.Namespace) -> int:

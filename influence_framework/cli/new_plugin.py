@@ -12,7 +12,7 @@ from string import Template
 from influence_framework.errors import InvalidInputError, PluginConflictError, UnknownMethodError
 from influence_framework.hookspecs import API_VERSION
 from influence_framework.loading import KINDS, UNKNOWN, core_version
-from influence_framework.registry import OFFICIAL_DISTRIBUTIONS, Registry, default_registry
+from influence_framework.registry import OFFICIAL_DISTRIBUTIONS, OFFICIAL_EXECUTORS, Registry, default_registry
 
 FILES = {
     "pyproject.toml": "pyproject.toml",
@@ -62,7 +62,7 @@ def _check_free(name: str, module: str, registry: Registry) -> None:
         try:
             owner = registry.lookup(kind, name).distribution
         except UnknownMethodError:
-            owner = OFFICIAL_DISTRIBUTIONS.get(name)
+            owner = (OFFICIAL_DISTRIBUTIONS | OFFICIAL_EXECUTORS).get(name)
         except PluginConflictError:
             owner = "several plugins"
         if owner:

@@ -26,7 +26,7 @@ def overview(
     Args:
         registry: What to describe.
         verbose: Whether to add each method's options with their defaults, the capabilities it needs,
-            whether it can precondition, and the source it is made for.
+            what it can do for other solvers and with indefinite systems, and the source it is made for.
         tracebacks: Whether to add the full traceback of each plugin that failed.
         width: Columns of the terminal, to which the text is wrapped; not at all where left out.
     """
@@ -80,6 +80,8 @@ def _described(method: Method) -> dict[str, Any]:
         },
         "requires": method.requires,
         "preconditioner": method.fixed,
+        "refines": method.refines,
+        "takes_indefinite": method.takes_indefinite,
         "default_source": method.default_source,
     }
 
@@ -89,6 +91,7 @@ def _methods(registry: Registry) -> Iterator[Method]:
     yield from registry.solvers.values()
     yield from registry.hessian_sources.values()
     yield from registry.objectives.values()
+    yield from registry.executors.values()
 
 
 def _table(methods: Sequence[Method], *, verbose: bool, width: int | None) -> str:
@@ -117,6 +120,10 @@ def _statements(method: Method) -> Iterator[str]:
         yield f"needs an operator with {', '.join(method.requires)}"
     if method.fixed:
         yield "can precondition other solvers"
+    if method.refines:
+        yield "can refine the solutions of other solvers"
+    if method.takes_indefinite:
+        yield "takes indefinite systems"
     if method.default_source is not None:
         yield f"made for the source {method.default_source!r}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,20 +19,16 @@ from influence_framework.problem import Problem
 from influence_framework.protocols import LinearOperator
 from influence_framework.sources.gauss_newton import (
     OuterProductOperator,
-    SandwichLinearization,
     sandwich_at_layers,
 )
 from influence_framework.sources.layered import LayerCurvature
+from influence_framework.sources.linearization import Product, sandwich
 
 
-class FisherLinearization(SandwichLinearization):
-    """``J`` of the per-sample losses, whose rows are the per-sample gradients; ``H = I/n``."""
-
-    def _build(self, problem: Problem, leaves: dict[str, Tensor], batch: Batch) -> None:
-        self._record(problem.sample_losses(leaves, batch))
-
-    def _middle(self, tangents: Tensor) -> Tensor | None:
-        return tangents / self.outputs.shape[0]
+def fisher_product(problem: Problem, outputs: Tensor, leaves: Sequence[Tensor], batch: Batch) -> Product:
+    """``Jᵀ J / n`` with ``J`` of the per-sample losses, whose rows are the per-sample gradients."""
+    losses = problem.objective.sample_losses(outputs, batch)
+    return sandwich(losses, leaves, lambda tangents: tangents / len(losses))
 
 
 def fisher_at_layers(problem: Problem, tape: Tape, batch: Batch) -> LayerCurvature:
@@ -54,12 +51,16 @@ class EmpiricalFisherOperator(OuterProductOperator):
 
     def diagonal(self) -> Float[Tensor, " P"]:
         """``1/N Σ_i g_i²``."""
-        problem, parameters = self.problem, self.parameters
+        (total,) = self.problem.total(self._diagonal, "the diagonal")
+        return total / self.problem.size
+
+    def _diagonal(self, problem: Problem) -> list[Float[Tensor, " P"]]:
+        parameters = self.parameters
         total = torch.zeros(parameters.numel, dtype=self.dtype, device=self.device)
         for batch, size in problem.batches():
             for chunk in sample_chunks(problem, parameters, batch, size):
                 total += sample_gradients(problem, parameters, chunk).square().sum(0)
-        return total / problem.size
+        return [total]
 
 
 @dataclass(frozen=True)
@@ -81,5 +82,10 @@ class EmpiricalFisher:
     def operator(self, problem: Problem, parameters: ParameterSpace) -> LinearOperator:
         """The empirical Fisher with respect to ``parameters``."""
         return EmpiricalFisherOperator(
-            problem, parameters, FisherLinearization, fisher_at_layers, _labelled, self.precompute_grad
+            problem,
+            parameters,
+            fisher_product,
+            fisher_at_layers,
+            _labelled,
+            keep_graphs=self.precompute_grad,
         )

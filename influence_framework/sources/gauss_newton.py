@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,55 +11,24 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence_framework.data import Batch
-from influence_framework.derivatives import PushForward, gradients_of, pull_back
+from influence_framework.derivatives import gradients_of, pull_back
 from influence_framework.errors import InvalidInputError
 from influence_framework.gradients import sample_chunks, sample_jacobians
-from influence_framework.layers import Samples, Tape, fisher_rows
+from influence_framework.layers import Layer, LayerBatch, Samples, Tape, fisher_rows
 from influence_framework.output_curvature import OutputCurvature
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
 from influence_framework.protocols import LinearOperator
 from influence_framework.sources.layered import LayerCurvature, jacobians
-from influence_framework.sources.streaming import Linearization, StreamingOperator
+from influence_framework.sources.linearization import Product, sandwich
+from influence_framework.sources.streaming import StreamingOperator
 
 
-class SandwichLinearization(Linearization):
-    """``v ↦ Jᵀ H (J v)`` with ``J`` the Jacobian of a batch-wise function of the parameters."""
-
-    outputs: Tensor
-    forward: PushForward
-
-    def _record(self, outputs: Tensor) -> None:
-        self.outputs = outputs
-        self.forward = PushForward(outputs, self.leaves)
-
-    @abstractmethod
-    def _middle(self, tangents: Tensor) -> Tensor | None:
-        """``H`` applied to ``k`` stacked output tangents; ``None`` where ``H`` is zero."""
-
-    def apply(self, rows: Float[Tensor, "k P"]) -> Float[Tensor, "k P"]:
-        tangents = self.forward(self.parameters.unflatten_rows(rows))
-        middle = None if tangents is None else self._middle(tangents)
-        if middle is None:
-            return torch.zeros_like(rows)
-        products = pull_back([self.outputs], self.leaves, [middle])
-        return self.parameters.gather_rows(products, rows)
-
-
-class GaussNewtonLinearization(SandwichLinearization):
-    """``J`` of the model's outputs, ``H`` the Hessian of the mean loss with respect to them."""
-
-    output_leaf: Tensor
-    output_gradient: Tensor
-
-    def _build(self, problem: Problem, leaves: dict[str, Tensor], batch: Batch) -> None:
-        self._record(problem.outputs(leaves, batch))
-        self.output_leaf = self.outputs.detach().requires_grad_()
-        loss = problem.objective.mean_loss(self.output_leaf, batch)
-        (self.output_gradient,) = gradients_of(loss, [self.output_leaf])
-
-    def _middle(self, tangents: Tensor) -> Tensor | None:
-        return pull_back([self.output_gradient], [self.output_leaf], [tangents])[0]
+def gauss_newton_product(problem: Problem, outputs: Tensor, leaves: Sequence[Tensor], batch: Batch) -> Product:
+    """``Jᵀ H J`` with ``J`` of the model's outputs, ``H`` the Hessian of the mean loss with respect to them."""
+    leaf = outputs.detach().requires_grad_()
+    (gradient,) = gradients_of(problem.objective.mean_loss(leaf, batch), [leaf])
+    return sandwich(outputs, leaves, lambda tangents: pull_back([gradient], [leaf], [tangents])[0])
 
 
 def gauss_newton_at_layers(problem: Problem, tape: Tape, batch: Batch) -> LayerCurvature:
@@ -90,6 +59,11 @@ TRACE_OUTPUTS = 64
 """Outputs of a sample up to which the trace is exact; of more, it is taken from as many random draws."""
 
 
+def _squares(passed: Iterator[tuple[Mapping[Layer, LayerBatch], int]]) -> list[Tensor]:
+    total = sum(part.square() for batches, _ in passed for part in batches.values())
+    return [torch.tensor(total, dtype=torch.float64, device="cpu")]
+
+
 class OuterProductOperator(StreamingOperator):
     """``1/N Σ_n Σ_s g[s,n] g[s,n]ᵀ``: the trace is the sum of squares of the gradients."""
 
@@ -105,8 +79,8 @@ class OuterProductOperator(StreamingOperator):
         generator = torch.Generator("cpu").manual_seed(0)
         few = self.problem.outputs_of_a_sample() <= TRACE_OUTPUTS
         samples: Samples = "exact" if few else TRACE_OUTPUTS
-        passed = self.layer_batches(covered.layers, samples, generator)
-        return sum(part.square() for batches, _ in passed for part in batches.values()) / self.problem.size
+        (total,) = self.layer_sums(covered.layers, samples, generator, _squares)
+        return float(total) / self.problem.size
 
 
 class GaussNewtonOperator(OuterProductOperator):
@@ -114,20 +88,40 @@ class GaussNewtonOperator(OuterProductOperator):
 
     @property
     def positive_semidefinite(self) -> bool:
-        """Whether the loss is known to be convex in the outputs, or recognised as such from a few samples."""
-        problem = self.problem
-        if getattr(problem.objective, "convex", False):
+        """Whether the loss is known to be convex in the outputs, or is recognised and so at every sample.
+
+        The latter takes a forward pass over the data, once: a loss that weighs its samples, say, may be of one
+        sign on the first of them only.
+        """
+        if getattr(self.problem.objective, "convex", False):
             return True
-        with torch.no_grad():
-            outputs = problem.outputs({}, problem.example)
+        if self._cache.semidefinite is None:
+            (doubtful,) = self.problem.total(self._doubtful, "whether the loss is convex")
+            self._cache.semidefinite = not doubtful.item()
+        return self._cache.semidefinite
+
+    def _doubtful(self, problem: Problem) -> list[Float[Tensor, ""]]:
+        """Positive unless the loss is recognised as convex at every sample."""
         try:
-            return OutputCurvature.of(problem.objective, outputs, problem.example).convex
+            convex = self._in_outputs(problem.example).convex and all(
+                self._in_outputs(batch) is not None for batch, _ in problem.batches()
+            )
         except InvalidInputError:
-            return False
+            convex = False
+        return [torch.tensor(float(not convex), dtype=torch.float64, device="cpu")]
+
+    def _in_outputs(self, batch: Batch) -> OutputCurvature:
+        with torch.no_grad():
+            outputs = self.problem.outputs({}, batch)
+        return OutputCurvature.of(self.problem.objective, outputs, batch)
 
     def diagonal(self) -> Float[Tensor, " P"]:
         """``1/N Σ_i Σ_cd H_i[c, d] J_i[c]∘J_i[d]``, from per-sample Jacobians within the budget."""
-        problem, parameters = self.problem, self.parameters
+        (total,) = self.problem.total(self._diagonal, "the diagonal")
+        return total / self.problem.size
+
+    def _diagonal(self, problem: Problem) -> list[Float[Tensor, " P"]]:
+        parameters = self.parameters
         total = torch.zeros(parameters.numel, dtype=self.dtype, device=self.device)
         for batch, size in problem.batches():
             with torch.no_grad():
@@ -135,7 +129,7 @@ class GaussNewtonOperator(OuterProductOperator):
             for chunk in sample_chunks(problem, parameters, batch, size, copies=2 * width):
                 jacobian, curvature = sample_jacobians(problem, parameters, chunk)
                 total += torch.einsum("ncp,ncd,ndp->p", jacobian, curvature, jacobian)
-        return total / problem.size
+        return [total]
 
 
 @dataclass(frozen=True)
@@ -162,8 +156,8 @@ class GaussNewton:
         return GaussNewtonOperator(
             problem,
             parameters,
-            GaussNewtonLinearization,
+            gauss_newton_product,
             gauss_newton_at_layers,
             fisher_rows,
-            self.precompute_grad,
+            keep_graphs=self.precompute_grad,
         )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jaxtyping import Float
 from torch import Tensor
 
 from influence_framework.data import Batch
@@ -14,24 +14,17 @@ from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
 from influence_framework.protocols import LinearOperator
 from influence_framework.sources.layered import LayerCurvature, jacobians
-from influence_framework.sources.streaming import Linearization, StreamingOperator
+from influence_framework.sources.linearization import Product
+from influence_framework.sources.streaming import StreamingOperator
 
 
-class HessianLinearization(Linearization):
-    """The graph of one batch's gradient; a product is one more backward pass through it.
+def second_derivatives(problem: Problem, outputs: Tensor, leaves: Sequence[Tensor], batch: Batch) -> Product:
+    """One more backward pass through the graph of the gradient.
 
     Reverse-over-reverse, after Pearlmutter (1994), "Fast Exact Multiplication by the Hessian", §4.
     """
-
-    gradients: list[Tensor]
-
-    def _build(self, problem: Problem, leaves: dict[str, Tensor], batch: Batch) -> None:
-        loss = problem.mean_loss(leaves, batch)
-        self.gradients = gradients_of(loss, self.leaves)
-
-    def apply(self, rows: Float[Tensor, "k P"]) -> Float[Tensor, "k P"]:
-        products = pull_back(self.gradients, self.leaves, self.parameters.unflatten_rows(rows))
-        return self.parameters.gather_rows(products, rows)
+    gradients = gradients_of(problem.objective.mean_loss(outputs, batch), leaves)
+    return lambda rows: pull_back(gradients, leaves, rows)
 
 
 def hessian_at_layers(problem: Problem, tape: Tape, batch: Batch) -> LayerCurvature:
@@ -73,5 +66,11 @@ class Hessian:
     def operator(self, problem: Problem, parameters: ParameterSpace) -> LinearOperator:
         """The Hessian with respect to ``parameters``."""
         return StreamingOperator(
-            problem, parameters, HessianLinearization, hessian_at_layers, fisher_rows, self.precompute_grad
+            problem,
+            parameters,
+            second_derivatives,
+            hessian_at_layers,
+            fisher_rows,
+            gradient_terms=True,
+            keep_graphs=self.precompute_grad,
         )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -22,9 +23,9 @@ from torch import Tensor
 from influence_framework.data import Batch, split
 from influence_framework.derivatives import pull_back
 from influence_framework.layers import Layer, Tape, Use, cover, record
-from influence_framework.layers.forms import LinearForm
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
+from influence_framework.sources.chain import plain_layers, used_once_on_vectors
 
 
 @dataclass(frozen=True)
@@ -73,20 +74,30 @@ def layered_dense(
     problem: Problem, parameters: ParameterSpace, curvature: Curvature
 ) -> Float[Tensor, "P P"] | None:
     """The full matrix, or ``None`` where the parameters are not all of linear layers used once on vectors."""
-    covered = cover(problem, parameters)
-    simple = all(len(x.modules) == 1 and isinstance(x.form, LinearForm) for x in covered.layers)
-    if covered.uncovered or not simple:
+    layers = plain_layers(cover(problem, parameters))
+    if layers is None:
         return None
-    layers = {name: layer for layer in covered.layers for name in layer.modules}
+    covered = list(layers.values())
+    refused, dense = problem.total(partial(_summed, parameters, curvature, covered), "the matrix")
+    return None if refused else dense.div_(problem.size)
+
+
+def _summed(
+    parameters: ParameterSpace, curvature: Curvature, covered: Sequence[Layer], problem: Problem
+) -> list[Tensor]:
+    """Whether any batch was refused, and the sum over samples."""
+    layers = {name: layer for layer in covered for name in layer.modules}
     sums: dict[tuple[str, str], Tensor] = {}
     for whole, size in problem.batches():
-        for batch in split(whole, size, _samples_at_once(problem, covered.layers)):
+        for batch in split(whole, size, _samples_at_once(problem, covered)):
             tape = record(problem, layers, batch)
-            if not _used_once_on_vectors(tape, layers, problem.objective.size(batch)):
-                return None
+            vectors = used_once_on_vectors(tape, layers, problem.objective.size(batch))
+            if not vectors or tape.outputs.ndim != 2:
+                # Zeros, since others may be on their way to the sum with what they have.
+                return [torch.ones((), dtype=torch.float64, device="cpu"), _scatter({}, {}, parameters)]
             _add(sums, curvature(problem, tape, batch), layers)
     places = {name: layer.form.places[0] for name, layer in layers.items()}
-    return _scatter(sums, places, parameters).div_(problem.size)
+    return [torch.zeros((), dtype=torch.float64, device="cpu"), _scatter(sums, places, parameters)]
 
 
 def _samples_at_once(problem: Problem, layers: Sequence[Layer]) -> int:
@@ -99,11 +110,6 @@ def _samples_at_once(problem: Problem, layers: Sequence[Layer]) -> int:
     # Q and A of the sample, a Khatri-Rao row, and the graph of the backward pass of every output.
     per_sample = element * (outputs * (outputs + inputs) + 2 * widest) + 3 * outputs * problem.sample_bytes
     return max(1, problem.memory_budget // per_sample)
-
-
-def _used_once_on_vectors(tape: Tape, layers: Mapping[str, Layer], size: int) -> bool:
-    on_vectors = all(use.inputs.ndim == 2 and use.inputs.shape[0] == size for use in tape.uses)
-    return on_vectors and sorted(use.module for use in tape.uses) == sorted(layers) and tape.outputs.ndim == 2
 
 
 def _extended(inputs: Tensor, layer: Layer, last: float) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,39 +19,12 @@ from influence_framework.operators import Operator, dense_by_columns
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
 from influence_framework.protocols import LinearOperator
+from influence_framework.sources.chain import ChainLinearization, plain_layers
 from influence_framework.sources.layered import Curvature, layered_dense
+from influence_framework.sources.linearization import GRAPH, Curve, GraphLinearization, Linearization
 
 Draws = Callable[[Problem, Samples, torch.Generator], Rows]
 """From the number of samples and a generator to what draws cotangents of outputs."""
-
-
-GRAPH = 3
-"""What a gradient's graph, or another backward pass through it, takes in units of the forward pass."""
-
-
-class Linearization(ABC):
-    """The curvature of one batch at fixed parameters, with its autograd graphs kept.
-
-    A subclass builds its graphs in ``_build`` and applies them to rows in :meth:`apply`. Every further
-    row costs only the backward passes through graphs that exist already.
-    """
-
-    def __init__(self, problem: Problem, parameters: ParameterSpace, batch: Batch) -> None:
-        problem.require_second_derivatives()
-        self.parameters = parameters
-        self.leaves = list((leaves := parameters.leaves(problem.model)).values())
-        # A second backward pass makes about as many tensors as the first, and that as the forward pass.
-        self.row_bytes = GRAPH * problem.sample_bytes * problem.objective.size(batch)
-        with torch.enable_grad():
-            self._build(problem, leaves, batch)
-
-    @abstractmethod
-    def _build(self, problem: Problem, leaves: dict[str, Tensor], batch: Batch) -> None:
-        """Build the graphs that :meth:`apply` goes through."""
-
-    @abstractmethod
-    def apply(self, rows: Float[Tensor, "k P"]) -> Float[Tensor, "k P"]:
-        """The product of this batch's curvature (of its mean loss) with ``k`` rows."""
 
 
 @dataclass(eq=False)
@@ -61,9 +34,15 @@ class _Cache:
     kept: list[tuple[Linearization, int]] | None = None
     versions: list[int] = field(default_factory=list)
     cover: Cover | None = None
+    chained: bool = True
+    semidefinite: bool | None = None
 
     def to(self, device: Any) -> _Cache:
         return _Cache()
+
+    def __reduce__(self) -> tuple[type[_Cache], tuple[()]]:
+        # Graphs cannot be sent to another process, and layers are found again there.
+        return _Cache, ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,18 +56,20 @@ class StreamingOperator(Operator):
     Attributes:
         problem: Model, objective and data.
         parameters: What is differentiated with respect to; a subset of ``problem.parameters``.
-        linearize: Builds the curvature of one batch.
+        curve: The curvature of one batch with respect to leaves of a graph.
         at_layers: The same curvature with respect to the outputs of linear layers.
         rows: Cotangents of the outputs whose second moment is the curvature in the outputs.
+        gradient_terms: Whether the curvature has terms with first derivatives of the loss, as the Hessian has.
         keep_graphs: Keep every batch's graphs for the next product, faster, at their price in memory. Where
             they fit the budget, they are kept in any case.
     """
 
     problem: Problem
     parameters: ParameterSpace
-    linearize: Callable[[Problem, ParameterSpace, Batch], Linearization]
+    curve: Curve
     at_layers: Curvature
     rows: Draws
+    gradient_terms: bool = False
     keep_graphs: bool = False
     _cache: _Cache = field(default_factory=_Cache, repr=False)
 
@@ -109,37 +90,52 @@ class StreamingOperator(Operator):
         """Whether the graphs of all data take no more than this block's share of half the budget."""
         problem = self.problem
         share = self.parameters.numel / problem.parameters.numel
-        needed = GRAPH * problem.sample_bytes * problem.size
+        needed = GRAPH * problem.sample_bytes * problem.share_size
         return problem.cached and needed <= share * problem.memory_budget / 2
+
+    def linearize(self, batch: Batch) -> Linearization:
+        """The curvature of a batch: by matrix products where the model is a chain of linear layers."""
+        problem = self.problem
+        if self._cache.chained and problem.twice_differentiable and (layers := plain_layers(self.cover())):
+            found = ChainLinearization.of(
+                problem, self.parameters, self.curve, batch, layers, gradient_terms=self.gradient_terms
+            )
+            if found is not None:
+                return found
+        # What one batch is not, the next will not be either.
+        self._cache.chained = False
+        return GraphLinearization(problem, self.parameters, self.curve, batch)
 
     def _linearizations(self) -> Iterator[tuple[Linearization, int]]:
         if not (self.keep_graphs or self._graphs_fit):
             for batch, size in self.problem.batches():
-                yield self.linearize(self.problem, self.parameters, batch), size
+                yield self.linearize(batch), size
             return
         model = self.problem.model
         versions = [tensor._version for tensor in (*model.parameters(), *model.buffers())]
         if self._cache.kept is None or self._cache.versions != versions:
             # A graph through tensors that were written to since, be it with the same values, is lost.
-            self._cache.kept = [
-                (self.linearize(self.problem, self.parameters, batch), size)
-                for batch, size in self.problem.batches()
-            ]
+            self._cache.kept = [(self.linearize(batch), size) for batch, size in self.problem.batches()]
             self._cache.versions = versions
         yield from self._cache.kept
 
     def _matmat(self, columns: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
         # Rows are contiguous vectors: each parameter's part of them is a view, with nothing to copy.
         rows = columns.T.contiguous()
-        product = torch.zeros_like(rows)
-        for linearization, size in self._linearizations():
-            add_batch(product, linearization, rows, size / self.problem.size, self.problem.memory_budget)
+        (product,) = self.problem.total(partial(self._product, rows), "a curvature product", rows)
         if not torch.isfinite(product).all() and torch.isfinite(columns).all():
             raise NonFiniteError(
                 "A curvature product contains NaN or infinity: a gradient of the model overflows. "
                 "Check the scale of the data and of the parameters, or use float64."
             )
         return product.T
+
+    def _product(self, rows: Float[Tensor, "k P"], problem: Problem) -> list[Float[Tensor, "k P"]]:
+        """The part of the product that the batches of ``problem`` make up."""
+        product = torch.zeros_like(rows)
+        for linearization, size in self._linearizations():
+            add_batch(product, linearization, rows, size / problem.size, problem.memory_budget)
+        return [product]
 
     def to_dense(self) -> Float[Tensor, "P P"]:
         """The full matrix: from second derivatives at layer outputs where the model allows, else by columns.
@@ -167,17 +163,26 @@ class StreamingOperator(Operator):
             self._cache.cover = cover(self.problem, self.parameters)
         return self._cache.cover
 
-    def layer_batches(
-        self, layers: Sequence[Layer], samples: Samples, generator: torch.Generator
-    ) -> Iterator[tuple[Mapping[Layer, LayerBatch], int]]:
-        """Inputs and output gradients of ``layers``, batch by batch; see :class:`LayerStatistics`."""
-        rows = self.rows(self.problem, samples, generator)
-        return layer_batches(self.problem, layers, rows, samples)
+    def layer_sums(
+        self,
+        layers: Sequence[Layer],
+        samples: Samples,
+        generator: torch.Generator,
+        collect: Callable[[Iterator[tuple[Mapping[Layer, LayerBatch], int]]], Sequence[Tensor]],
+    ) -> Sequence[Tensor]:
+        """Sums over inputs and output gradients of ``layers``; see :class:`LayerStatistics`."""
+        if self.problem.processes is not None:
+            generator = self.problem.processes.generator(generator)
+
+        def work(problem: Problem) -> Sequence[Tensor]:
+            return collect(layer_batches(problem, layers, self.rows(problem, samples, generator), samples))
+
+        return self.problem.total(work, "statistics of layers")
 
     def minibatches(self, generator: torch.Generator) -> Iterator[LinearOperator]:
         """Operators of random mini-batches, without end."""
         for batch, size in self.problem.random_batches(generator):
-            yield MinibatchOperator(self, batch, size)
+            yield MinibatchOperator(self, batch, self.problem.count(size))
 
 
 def add_batch(
@@ -200,8 +205,8 @@ class MinibatchOperator(Operator):
 
     Attributes:
         whole: The operator over all data that this batch is a sample of.
-        batch: Its samples.
-        size: Their number.
+        batch: Its samples; of data that is divided, those of this process.
+        size: Number of samples of the whole mini-batch.
     """
 
     whole: StreamingOperator
@@ -222,8 +227,13 @@ class MinibatchOperator(Operator):
 
     def _matmat(self, columns: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
         rows = columns.T.contiguous()
-        product = torch.zeros_like(rows)
         problem = self.whole.problem
-        linearization = self.whole.linearize(problem, self.whole.parameters, self.batch)
-        add_batch(product, linearization, rows, 1.0, problem.memory_budget)
+        (product,) = problem.total(partial(self._product, rows), "a product with a mini-batch", rows)
         return product.T
+
+    def _product(self, rows: Float[Tensor, "k P"], problem: Problem) -> list[Float[Tensor, "k P"]]:
+        product = torch.zeros_like(rows)
+        linearization = self.whole.linearize(self.batch)
+        own = problem.objective.size(self.batch)
+        add_batch(product, linearization, rows, own / self.size, problem.memory_budget)
+        return [product]

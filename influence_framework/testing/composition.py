@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from influence_framework.compose import compose, resolve
-from influence_framework.errors import PluginConflictError
 from influence_framework.gradients import sample_gradients
 from influence_framework.operators import to_dense
 from influence_framework.parameters import Blocks
@@ -40,28 +39,17 @@ class MethodSubject(Protocol):
     def registry(self) -> Registry: ...
 
 
-def registered_name(subject: MethodSubject) -> str | None:
-    """The name that the method's class is registered under, ``None`` where it is not."""
-    for name in subject.registry.names(subject.kind):
-        try:
-            if subject.registry.lookup(subject.kind, name).cls is type(subject.method):
-                return name
-        except PluginConflictError:
-            continue
-    return None
-
-
 def options_make_an_equal_instance(subject: MethodSubject) -> Iterator[str]:
     """The options of an instance make an equal one, by name where it has one, and its repr shows its class."""
     method = subject.method
     parameters = inspect.signature(type(method)).parameters.values()
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     options = {p.name: getattr(method, p.name) for p in parameters if p.kind in named}
-    name = registered_name(subject)
-    if name is None:
+    registered = subject.registry.method_of(subject.kind, type(method))
+    if registered is None:
         again = type(method)(**options)
     else:
-        again = resolve(subject.kind, {"name": name, **options}, subject.registry)
+        again = resolve(subject.kind, {"name": registered.name, **options}, subject.registry)
     if again != method:
         yield f"{again!r} is not equal to {method!r}"
     if " at 0x" in repr(method) or type(method).__name__ not in repr(method):

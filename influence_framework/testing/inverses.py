@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence_framework.data import random_state
-from influence_framework.protocols import InverseOperator, Reregularizable, Sweepable
+from influence_framework.protocols import (
+    InverseOperator,
+    Persistent,
+    Preconditioning,
+    Reregularizable,
+    Restoring,
+    SavedState,
+    Sweepable,
+)
 from influence_framework.testing.subjects import DTYPES, Lenient, SolverSubject, devices
 
 
@@ -189,6 +198,37 @@ def sweep(subject: SolverSubject) -> Iterator[str]:
         yield from _differing(f"λ = {strength:.3g}", distance)
 
 
+def restored_equals_saved(subject: SolverSubject) -> Iterator[str]:
+    """Where an inverse can be saved, what is restored gives the same to the last bit, and at another λ too."""
+    system, inverse = subject.definite, subject.inverse
+    if isinstance(inverse, Persistent) != isinstance(subject.solver, Restoring):
+        yield "of the inverse's state() and the solver's restore(operator, λ, state) only one is there"
+    if not isinstance(inverse, Persistent) or not isinstance(subject.solver, Restoring):
+        return
+    forms: dict[str, InverseOperator] = {"": inverse}
+    if isinstance(inverse, Preconditioning) and getattr(subject.solver, "fixed", False):
+        forms["as a preconditioner"] = inverse.preconditioner()
+    columns = system.columns(3)
+    for what, form in forms.items():
+        if not isinstance(form, Persistent):
+            yield f"{what}: it has no state()"
+            continue
+        state = form.state()
+        # What a file holds: values as JSON gives them back, and tensors in memory of their own.
+        tensors = {name: tensor.detach().clone() for name, tensor in state.tensors.items()}
+        saved = SavedState(tensors, json.loads(json.dumps(dict(state.values), allow_nan=False)))
+        again = subject.solver.restore(system.operator, system.regularization, saved)
+        pairs: dict[str, tuple[InverseOperator, InverseOperator]] = {"": (form, again)}
+        if isinstance(form, Reregularizable) and isinstance(again, Reregularizable):
+            other = 3 * system.regularization
+            pairs["at another λ"] = (form.with_regularization(other), again.with_regularization(other))
+        for where, (before, after) in pairs.items():
+            value, expected = after.solve(columns).value, before.solve(columns).value
+            if not torch.equal(value, expected):
+                off = float((value - expected).abs().max())
+                yield f"{' '.join(filter(None, (what, where)))} off by up to {off:.1e}".strip()
+
+
 def dtype_and_device_kept(subject: SolverSubject) -> Iterator[str]:
     """The inverse and its products have the operator's shape, dtype and device."""
     for dtype, device in product(DTYPES, devices()):
@@ -264,6 +304,7 @@ INVERSE_CHECKS = (
     global_random_state_untouched,
     another_regularization,
     sweep,
+    restored_equals_saved,
     dtype_and_device_kept,
     products_asked_in_own_dtype,
     inputs_not_written_to,

@@ -113,6 +113,11 @@ class SolverSubject:
         """The capabilities that the solver asks of its operator."""
         return tuple(getattr(self.solver, "requires", ()))
 
+    @property
+    def takes_indefinite(self) -> bool:
+        """Whether the solver says that it takes negative eigenvalues."""
+        return bool(getattr(self.solver, "takes_indefinite", False))
+
     @cached_property
     def source(self) -> HessianSource:
         """The curvature that the solver is composed with by default."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +46,8 @@ class MinresSolver:
 
     rtol: float = 1e-6
     maxiter: int | None = None
+
+    takes_indefinite: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.rtol < 1:

@@ -21,7 +21,7 @@ from influence_framework.errors import (
 )
 from influence_framework.lowrank import LowRankInverse
 from influence_framework.operators import Operator, to_dense
-from influence_framework.protocols import LinearOperator
+from influence_framework.protocols import LinearOperator, SavedState
 from influence_framework_arnoldi.arpack import arpack
 from influence_framework_arnoldi.cuda import cupy, cupy_for
 from influence_framework_arnoldi.lanczos import lowest_beside, thick_restart_lanczos
@@ -145,6 +145,10 @@ class ArnoldiSolver:
             lowest=lowest if lowest < -rounding else 0.0,
         )
 
+    def restore(self, operator: LinearOperator, regularization: float, state: SavedState) -> ArnoldiInverse:
+        """The eigenpairs as they were."""
+        return ArnoldiInverse.restored(operator, regularization, state, lowest=state.values["lowest"])
+
     def _wanted(self, operator: LinearOperator) -> Wanted:
         size = operator.shape[0]
         rank = min(self.rank, size)
@@ -202,6 +206,10 @@ class ArnoldiInverse(LowRankInverse):
             IndefiniteOperatorWarning,
             stacklevel=5,
         )
+
+    def state(self) -> SavedState:
+        """The eigenpairs, and the least Ritz value."""
+        return super().state() | SavedState(values={"lowest": self.lowest})
 
     @property
     def pair_residuals(self) -> Float[Tensor, " r"]:

@@ -90,7 +90,11 @@ def test_without_regularisation_it_is_the_pseudo_inverse() -> None:
     matrix = symmetric(spectrum(9.0, 5.0, 2.0, below=0.0))
     inverse = ArnoldiSolver(rank=8).fit(DenseOperator(matrix), 0.0)
     columns = normal(80, 3)
-    torch.testing.assert_close(inverse @ columns, torch.linalg.pinv(matrix, rtol=1e-10) @ columns)
+    expected = torch.linalg.pinv(matrix, rtol=1e-10) @ columns
+    torch.testing.assert_close(inverse @ columns, expected)
+    with pytest.warns(ConvergenceWarning, match="left out directions of no curvature"):
+        torch.testing.assert_close(inverse.solve(columns).value, expected)
+    assert inverse.with_regularization(0.1).solve(columns).converged.all()
 
 
 @BACKENDS

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence_framework.errors import InvalidInputError, NonFiniteError
-from influence_framework.inverses import Inverse, approximation
-from influence_framework.protocols import Diagonal, LinearOperator, Solution
+from influence_framework.inverses import Inverse, make_solution, relative_residuals
+from influence_framework.protocols import Diagonal, LinearOperator, SavedState, Solution, StopReason
 
 PROBES_A_PRODUCT = 32
 
@@ -58,6 +58,10 @@ class JacobiSolver:
             raise NonFiniteError("The diagonal of the curvature contains NaN or infinity.")
         return _invert(operator, magnitude, regularization)
 
+    def restore(self, operator: LinearOperator, regularization: float, state: SavedState) -> JacobiInverse:
+        """The diagonal as it was."""
+        return JacobiInverse(operator, regularization, state.tensors["magnitude"])
+
     def _estimate(self, operator: LinearOperator) -> tuple[Float[Tensor, " P"], Float[Tensor, " P"]]:
         """Mean of ``z ∘ C z`` over the probes, and its standard error."""
         size = operator.shape[0]
@@ -88,6 +92,8 @@ class JacobiInverse(Inverse):
         magnitude: ``|diag C|``, exact or estimated.
     """
 
+    multiplies: ClassVar[bool] = True
+
     base: LinearOperator
     regularization: float
     magnitude: Float[Tensor, " P"]
@@ -96,11 +102,18 @@ class JacobiInverse(Inverse):
         return columns / (self.magnitude + self.regularization)[:, None]
 
     def _solve(self, columns: Float[Tensor, "P k"]) -> Solution:
-        return approximation(self._matmat(columns))
+        value = self._matmat(columns)
+        # A diagonal shows no negative eigenvalue: what they make of the solution, only the residual tells.
+        residual = relative_residuals(self.base, self.regularization, value, columns)
+        return make_solution(value, residual, [StopReason.APPROXIMATION] * columns.shape[1])
 
     def with_regularization(self, regularization: float) -> JacobiInverse:
         """Another λ over the same diagonal."""
         return _invert(self.base, self.magnitude, regularization)
+
+    def state(self) -> SavedState:
+        """The diagonal."""
+        return SavedState({"magnitude": self.magnitude})
 
 
 def _invert(base: LinearOperator, magnitude: Tensor, regularization: float) -> JacobiInverse:

@@ -15,11 +15,13 @@ from tqdm import tqdm
 from influence_framework.errors import InvalidInputError
 from influence_framework.inverses import Inverse, make_solution, row_norms, scaled_rows
 from influence_framework.operators import check_columns, require_capabilities
+from influence_framework.persistence.states import restored, state_of
 from influence_framework.protocols import (
     InverseOperator,
     LinearOperator,
     Preconditioning,
     Reregularizable,
+    SavedState,
     Solution,
     Solver,
     StopReason,
@@ -44,7 +46,8 @@ class CgSolver:
 
     Attributes:
         rtol: Relative tolerance; never taken below ten times the dtype's precision (1e-6 in float32).
-        atol: Absolute tolerance. A right-hand side within it is left at the initial guess.
+        atol: Absolute tolerance. A right-hand side within it is left at the initial guess, and called solved:
+            with gradients of well-fitted samples as small as that, their scores would be zero.
         maxiter: Iteration limit; ``10·P`` where left out.
         preconditioner: A solver whose inverse is one fixed positive definite matrix, such as ``jacobi``.
         x0: Initial guess, ``(P,)`` for every right-hand side or ``(P, k)``; zero where left out.
@@ -57,7 +60,7 @@ class CgSolver:
     refines: ClassVar[bool] = True
 
     rtol: float = 1e-7
-    atol: float = 1e-7
+    atol: float = 0.0
     maxiter: int | None = None
     preconditioner: Solver | None = None
     x0: Float[Tensor, "P *k"] | None = field(default=None, compare=False)
@@ -100,6 +103,13 @@ class CgSolver:
             fitted = self._fit_preconditioner(self.preconditioner, operator, regularization)
         return CgInverse(operator, regularization, self, fitted)
 
+    def restore(self, operator: LinearOperator, regularization: float, state: SavedState) -> CgInverse:
+        """The preconditioner as it was."""
+        fitted = None
+        if self.preconditioner is not None:
+            fitted = restored(self.preconditioner, operator, regularization, state.part("preconditioner"))
+        return CgInverse(operator, regularization, self, fitted)
+
     @staticmethod
     def _fit_preconditioner(solver: Solver, operator: LinearOperator, regularization: float) -> InverseOperator:
         name = type(solver).__name__
@@ -124,6 +134,8 @@ class CgInverse(Inverse):
         preconditioner: Fitted; ``None`` for none.
     """
 
+    multiplies: ClassVar[bool] = True
+
     base: LinearOperator
     regularization: float
     solver: CgSolver
@@ -146,6 +158,12 @@ class CgInverse(Inverse):
                 preconditioner=fitted.with_regularization(regularization),
             )
         return self.solver.fit(self.base, regularization)
+
+    def state(self) -> SavedState:
+        """That of the preconditioner."""
+        if self.solver.preconditioner is None or self.preconditioner is None:
+            return SavedState()
+        return state_of(self.solver.preconditioner, self.preconditioner).under("preconditioner")
 
     def _apply(self, rows: Rows) -> Rows:
         return torch.add((self.base @ rows.T).T, rows, alpha=self.regularization)

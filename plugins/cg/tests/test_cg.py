@@ -191,6 +191,19 @@ def test_a_wrong_recursion_is_found_out_and_worked_on(block: bool) -> None:
 
 
 @BLOCK
+def test_tiny_right_hand_sides_are_solved_like_any_unless_asked_otherwise(block: bool) -> None:
+    """The gradients of samples that a model fits well."""
+    matrix = symmetric(torch.logspace(-2, 1, 25))
+    columns = normal(25, 2)
+    columns[:, 1] *= 1e-12
+    solution = CgSolver(block=block).fit(DenseOperator(matrix), 0.0).solve(columns)
+    assert (solution.residual <= 1e-7).all()
+    torch.testing.assert_close(solution.value, torch.linalg.solve(matrix, columns), rtol=1e-4, atol=1e-18)
+    asked = CgSolver(atol=1e-7, block=block).fit(DenseOperator(matrix), 0.0).solve(columns)
+    assert asked.value[:, 1].count_nonzero() == 0
+
+
+@BLOCK
 def test_dependent_right_hand_sides(block: bool) -> None:
     matrix = symmetric(torch.logspace(-2, 1, 25))
     base = normal(25, 2)

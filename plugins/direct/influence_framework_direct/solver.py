@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -18,8 +19,11 @@ from influence_framework.errors import (
 )
 from influence_framework.inverses import Inverse, make_solution, relative_residuals
 from influence_framework.operators import DenseOperator, to_dense
-from influence_framework.protocols import LinearOperator, Solution, StopReason
+from influence_framework.protocols import LinearOperator, SavedState, Solution, StopReason
 from influence_framework_direct.factorization import Factorization, condition_estimate, factorize
+
+ACCURACY = 1e-6
+"""Relative residual of what is called solved, or the square root of the dtype's precision if that is more."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,9 @@ class DirectSolver:
     """
 
     block_size: int = 256
+
+    accuracy: ClassVar[float] = ACCURACY
+    takes_indefinite: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
@@ -68,6 +75,14 @@ class DirectSolver:
         matrix = matrix.add_(matrix.mT.clone()).mul_(0.5)
         return _invert(DenseOperator(matrix), regularization)
 
+    def restore(self, operator: LinearOperator, regularization: float, state: SavedState) -> DirectInverse:
+        """The matrix and its factors as they were."""
+        tensors = state.tensors
+        factorization = Factorization(tensors["factors"], tensors.get("pivots"))
+        return DirectInverse(
+            DenseOperator(tensors["matrix"]), regularization, factorization, state.values["condition"]
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class DirectInverse(Inverse):
@@ -91,11 +106,21 @@ class DirectInverse(Inverse):
     def _solve(self, columns: Float[Tensor, "P k"]) -> Solution:
         value = self.factorization.solve(columns)
         residual = relative_residuals(self.base, self.regularization, value, columns)
-        return make_solution(value, residual, [StopReason.CONVERGED] * columns.shape[1])
+        # Backward stable as it is, the solution of a badly conditioned system may leave much of b unsolved.
+        limit = max(ACCURACY, torch.finfo(self.dtype).eps ** 0.5)
+        reasons = [StopReason.STAGNATED if rest > limit else StopReason.CONVERGED for rest in residual.tolist()]
+        return make_solution(value, residual, reasons)
 
     def with_regularization(self, regularization: float) -> DirectInverse:
         """Another λ from the formed matrix: one factorisation, no product with the curvature."""
         return _invert(self.base, regularization)
+
+    def state(self) -> SavedState:
+        """The matrix and its factors."""
+        tensors = {"matrix": self.base.matrix, "factors": self.factorization.factors}
+        if self.factorization.pivots is not None:
+            tensors["pivots"] = self.factorization.pivots
+        return SavedState(tensors, {"condition": self.condition})
 
 
 def _invert(base: DenseOperator, regularization: float) -> DirectInverse:

@@ -10,6 +10,7 @@ from influence_framework_direct import DirectSolver
 from influence_framework_direct.factorization import condition_estimate, factorize
 
 from influence_framework import (
+    ConvergenceWarning,
     DenseOperator,
     IndefiniteOperatorWarning,
     InvalidInputError,
@@ -32,6 +33,22 @@ def test_equals_the_dense_inverse_far_below_the_largest_eigenvalue(count: int, f
     torch.testing.assert_close(inverse @ columns, expected, rtol=1e-8, atol=0.0)
     assert solution.converged.all()
     assert (solution.residual < 1e-9).all()
+
+
+def test_what_the_dtype_cannot_solve_is_not_called_solved() -> None:
+    """Within the condition that float32 can work with, a residual of a few per mille is left."""
+    matrix = symmetric([-5.0, *torch.logspace(-4, 1, 39).tolist()], dtype=torch.float32)
+    columns = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(IndefiniteOperatorWarning):
+        inverse = DirectSolver().fit(DenseOperator(matrix), 0.0)
+    with pytest.warns(ConvergenceWarning, match="reached the accuracy this dtype can give"):
+        solution = inverse.solve(columns)
+    exact = columns.double() - matrix.double() @ solution.value.double()
+    wrong = torch.linalg.norm(exact, dim=0) / torch.linalg.norm(columns, dim=0) > 4e-4
+    assert wrong.any()
+    assert not solution.converged[wrong].any()
+    easy = DirectSolver().fit(DenseOperator(matrix), 6.0).solve(columns)
+    assert easy.converged.all()
 
 
 def test_a_vector_comes_back_as_a_vector() -> None:

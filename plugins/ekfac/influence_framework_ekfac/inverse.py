@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Self, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from influence_framework.inverses import Inverse, approximation
 from influence_framework.layers import LayerBatch
-from influence_framework.protocols import LinearOperator, Solution
+from influence_framework.protocols import LayerStatistics, LinearOperator, SavedState, Solution
 from influence_framework_ekfac.filters import Filter, make_filter
 from influence_framework_ekfac.scores import Sides, Unrotated, join_sides, own_scores, pair_scores, side_of
-from influence_framework_ekfac.statistics import Eigenbasis
+from influence_framework_ekfac.statistics import Eigenbasis, compute_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,9 +78,34 @@ class EkfacInverse(Inverse):
         return len(self.rest[0]) == 0
 
     @property
+    def coverage(self) -> str:
+        """What fraction of the parameters is in Kronecker factors, how, and what became of the rest.
+
+        A line for each layer with its parameters, its form and the shape ``groups x outputs x inputs`` of its
+        gradient, and one for each parameter outside with the reason.
+        """
+        found = cast(LayerStatistics, self.base).cover()
+        size = self.shape[0]
+        covered = size - len(self.rest[0])
+        fate = "its diagonal curvature" if self.rest[1].any() else "λ alone"
+        lines = [f"{covered} of {size} parameters ({covered / size:.1%}) are in Kronecker factors."]
+        for layer in found.layers:
+            shape = " x ".join(map(str, layer.form.places.shape))
+            lines.append(f"{', '.join(layer.parts.values())}: {type(layer.form).__name__}, {shape}")
+        lines += [f"{name}: {fate}; {reason}" for name, reason in found.uncovered.items()]
+        return "\n".join(lines)
+
+    @property
     def spectrum(self) -> tuple[float, float] | None:
         parts = [part for part in (*self.eigenvalues().values(), self.rest[1]) if part.numel()]
         return (min(p.min().item() for p in parts), max(p.max().item() for p in parts)) if parts else None
+
+    @property
+    def singular(self) -> bool:
+        if self.regularization or self.definite:
+            return False
+        filters = [self._reciprocal(layer) for layer in self.layers.values()]
+        return any(bool((part == 0).any()) for part in (*filters, self._of_rest(self.dtype)))
 
     def eigenvalues(self) -> Mapping[str, Float[Tensor, "g o e"]]:
         """``Λ`` of every layer."""
@@ -93,15 +118,13 @@ class EkfacInverse(Inverse):
             matrices = rows[:, layer.places].to(layer.basis.outputs.dtype)
             turned = layer.basis.rotate(matrices) * self._reciprocal(layer).to(matrices)
             result[:, layer.places] = layer.basis.rotate_back(turned).to(rows.dtype)
-        index, diagonal = self.rest
+        index, _ = self.rest
         if len(index):
-            result[:, index] = rows[:, index] * reciprocal(
-                diagonal, self.regularization, rows.dtype, definite=self.definite
-            )
+            result[:, index] = rows[:, index] * self._of_rest(rows.dtype)
         return result.T
 
     def _solve(self, columns: Float[Tensor, "P k"]) -> Solution:
-        return approximation(self._matmat(columns), self.spectrum)
+        return approximation(self._matmat(columns), self.spectrum, singular=self.singular)
 
     def with_regularization(self, regularization: float) -> Self:
         """Another λ in the same bases."""
@@ -110,6 +133,15 @@ class EkfacInverse(Inverse):
     def preconditioner(self) -> Self:
         """The positive definite form."""
         return replace(self, definite=True, _filters={})
+
+    def state(self) -> SavedState:
+        """Bases and eigenvalues of the layers, in order, and the diagonal of the rest."""
+        tensors = {"rest": self.rest[1]}
+        for index, layer in enumerate(self.layers.values()):
+            tensors |= {f"{index}.outputs": layer.basis.outputs, f"{index}.values": layer.basis.values}
+            if layer.basis.inputs is not None:
+                tensors[f"{index}.inputs"] = layer.basis.inputs
+        return SavedState(tensors, {"layers": list(self.layers), "definite": self.definite})
 
     def side(self, layers: Mapping[str, LayerBatch], size: int) -> Sides:
         """What scores need of some samples: inputs and output gradients in the eigenbases."""
@@ -124,7 +156,8 @@ class EkfacInverse(Inverse):
             basis = self.layers[name].basis
             # A batch whose forward pass skipped the layer has zero gradients there.
             present = [
-                one.layers.get(name) or Unrotated(basis.outputs.new_zeros(one.size, *basis.values.shape), basis)
+                one.layers.get(name)
+                or Unrotated(basis.outputs.new_zeros(one.size, *basis.values.shape), basis=basis)
                 for one in sides
             ]
             joined[name] = join_sides(present, basis)
@@ -132,22 +165,26 @@ class EkfacInverse(Inverse):
 
     def scores(self, test: Sides, train: Sides) -> Float[Tensor, "m n"]:
         """``g_mᵀ (C + λI)⁻¹ g_n`` of every pair."""
-        total = torch.zeros(test.size, train.size, dtype=self.dtype, device=self.device)
+        # Of many layers, half precision would lose the later ones.
+        total = torch.zeros(test.size, train.size, dtype=compute_dtype(self.dtype), device=self.device)
         for name, side in test.layers.items():
             if name in train.layers:
                 total += pair_scores(side, train.layers[name], self._filter(name), self.budget)
-        return total
+        return total.to(self.dtype)
 
     def self_scores(self, side: Sides) -> Float[Tensor, " n"]:
         """``g_nᵀ (C + λI)⁻¹ g_n`` of every sample, without any pair."""
-        total = torch.zeros(side.size, dtype=self.dtype, device=self.device)
+        total = torch.zeros(side.size, dtype=compute_dtype(self.dtype), device=self.device)
         for name, one in side.layers.items():
             total += own_scores(one, self._reciprocal(self.layers[name]), self.budget)
-        return total
+        return total.to(self.dtype)
 
     def _reciprocal(self, layer: EkfacLayer) -> Float[Tensor, "g o e"]:
         basis = layer.basis
         return reciprocal(basis.values, self.regularization, basis.outputs.dtype, definite=self.definite)
+
+    def _of_rest(self, dtype: torch.dtype) -> Float[Tensor, " r"]:
+        return reciprocal(self.rest[1], self.regularization, dtype, definite=self.definite)
 
     def _filter(self, name: str) -> Filter:
         """``1/(Λ + λ)`` of a layer with its staircase, made once."""

@@ -3,8 +3,8 @@
 With ``δ`` and ``ā`` rotated into the eigenbasis and ``D = 1/(Λ + λ)``, a pair's score in one layer is
 ``⟨G_m, D ∘ G_n⟩`` with ``G = Σ_t δ_t ⊗ ā_t``, ``(o, e)``. It can be had
 
-- from gradients in the layer's own coordinates, where positions outnumber a gradient's rows and columns: one
-  side alone is rotated, weighted and rotated back;
+- from gradients in the layer's own coordinates, where a sample has too many positions for the staircase below:
+  the test side alone is rotated, weighted and rotated back;
 - from gradients: ``G_n`` formed for every sample, then ``o·e`` products a pair;
 - from positions: ``Σ_t δ_tᵀ (D ∘ G_m) ā_t``, which forms nothing of sample ``n``;
 - by a staircase: ``D`` is a constant but for a few directions, and the constant's part is
@@ -14,6 +14,7 @@ With ``δ`` and ``ā`` rotated into the eigenbasis and ``D = 1/(Λ + λ)``, a pa
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +27,9 @@ from torch import Tensor
 from influence_framework.layers import LayerBatch, contract_positions
 from influence_framework_ekfac.filters import Filter, Staircase, Step
 from influence_framework_ekfac.statistics import Eigenbasis
+
+FORMED, TURNED = 24, 64
+"""What it costs, in multiplications, to write an entry of a gradient; of a pair and to read it again."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,38 +94,36 @@ class Sorted:
         return torch.einsum("ntp,ntq->npq", self.deltas[..., step.rows], inputs).flatten(1)
 
 
-@dataclass(frozen=True, eq=False)
-class Unrotated:
-    """Samples of one side whose gradients are smaller than their positions, in the layer's own coordinates.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class InOwnCoordinates(ABC):
+    """Samples of one side in the layer's own coordinates.
 
     There a pair is ``⟨Q_G (D ∘ Q_Gᵀ G_m Q_A) Q_Aᵀ, G_n⟩``, so that one side alone is rotated, there and back.
 
     Attributes:
-        matrices: ``(n, g, o, e)``.
         basis: That of the layer.
     """
 
-    matrices: Float[Tensor, "n g o e"]
     basis: Eigenbasis
     _weighted: dict[int, tuple[Filter, Tensor]] = field(default_factory=dict, repr=False)
 
     @property
+    @abstractmethod
     def size(self) -> int:
         """``n``."""
-        return self.matrices.shape[0]
 
     @property
+    @abstractmethod
     def nbytes(self) -> int:
-        """Memory held: the matrices, and as much again for what :meth:`weighted` will keep of them."""
-        return 2 * self.matrices.nbytes
+        """Memory held, with what :meth:`weighted` will keep."""
 
-    def part(self, part: slice) -> Unrotated:
-        """Some of the samples."""
-        return Unrotated(self.matrices[part], self.basis)
+    @abstractmethod
+    def formed(self) -> Float[Tensor, "n g o e"]:
+        """``G`` of every sample, in the layer's own coordinates."""
 
+    @abstractmethod
     def gradients(self) -> Float[Tensor, "n g o e"]:
         """``G`` of every sample, rotated."""
-        return self.basis.rotate(self.matrices)
 
     def weighted(self, spectral: Filter) -> Float[Tensor, "n goe"]:
         """``Q_G (D ∘ Q_Gᵀ G Q_A) Q_Aᵀ`` of every sample, flattened; that of the last filter is kept."""
@@ -133,8 +135,68 @@ class Unrotated:
         return held[1]
 
 
-Side = Positions | Unrotated
-AnySide = TypeVar("AnySide", Positions, Unrotated, Side)
+@dataclass(frozen=True, eq=False)
+class Unrotated(InOwnCoordinates):
+    """Samples whose gradients are smaller than their positions.
+
+    Attributes:
+        matrices: ``(n, g, o, e)``.
+    """
+
+    matrices: Float[Tensor, "n g o e"]
+
+    @property
+    def size(self) -> int:
+        return self.matrices.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * self.matrices.nbytes
+
+    def part(self, part: slice) -> Unrotated:
+        """Some of the samples."""
+        return Unrotated(self.matrices[part], basis=self.basis)
+
+    def formed(self) -> Float[Tensor, "n g o e"]:
+        return self.matrices
+
+    def gradients(self) -> Float[Tensor, "n g o e"]:
+        return self.basis.rotate(self.matrices)
+
+
+@dataclass(frozen=True, eq=False)
+class Unformed(InOwnCoordinates):
+    """Samples whose positions are smaller than their gradients.
+
+    Attributes:
+        positions: As the layer has them.
+    """
+
+    positions: Positions
+
+    @property
+    def size(self) -> int:
+        return self.positions.size
+
+    @property
+    def nbytes(self) -> int:
+        entries = self.size * self.basis.values.numel()
+        return self.positions.nbytes + entries * self.positions.deltas.element_size()
+
+    def part(self, part: slice) -> Unformed:
+        """Some of the samples."""
+        return Unformed(self.positions.part(part), basis=self.basis)
+
+    def formed(self) -> Float[Tensor, "n g o e"]:
+        return self.positions.gradients()
+
+    def gradients(self) -> Float[Tensor, "n g o e"]:
+        held = self.positions
+        return self.basis.gradients(LayerBatch(held.inputs, held.deltas[None], held.columns))[0]
+
+
+Side = Positions | Unrotated | Unformed
+AnySide = TypeVar("AnySide", Positions, Unrotated, Unformed, Unrotated | Unformed, Side)
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,25 +218,35 @@ class Sides:
 
 
 def side_of(basis: Eigenbasis, batch: LayerBatch) -> Side:
-    """One draw's samples, as rotated positions or as gradients, whichever are smaller."""
+    """One draw's samples: as rotated positions if a pair of them may take less than a product of gradients.
+
+    Else in the layer's own coordinates, which saves rotating the training side.
+    """
     positions, outputs = batch.output_gradients.shape[3:]
-    as_positions = positions * (outputs + (1 if batch.one_hot else batch.columns))
-    if as_positions <= outputs * batch.columns:
+    entries = outputs * batch.columns
+    if positions * (outputs + (1 if batch.one_hot else batch.columns)) > entries:
+        return Unrotated(basis.widened(batch).gradients()[0], basis=basis)
+    if positions**2 * (outputs + (0 if batch.one_hot else batch.columns)) <= entries:
         turned = basis.rotated(batch)
         return Positions(turned.output_gradients[0], turned.inputs, batch.columns)
-    return Unrotated(basis.widened(batch).gradients()[0], basis)
+    wide = basis.widened(batch)
+    return Unformed(Positions(wide.output_gradients[0], wide.inputs, batch.columns), basis=basis)
 
 
 def join_sides(sides: Sequence[Side], basis: Eigenbasis) -> Side:
     """Several batches as one: as positions where all have the same number of them, else as gradients."""
-    positions = [side for side in sides if isinstance(side, Positions)]
-    if len(positions) == len(sides) and len({side.count for side in positions}) == 1:
-        inputs = torch.cat([side.inputs for side in positions], dim=0 if positions[0].one_hot else 1)
-        return Positions(torch.cat([side.deltas for side in positions], dim=1), inputs, positions[0].columns)
+    rotated = [side for side in sides if isinstance(side, Positions)]
+    unformed = [side.positions for side in sides if isinstance(side, Unformed)]
+    for positions in (rotated, unformed):
+        if len(positions) == len(sides) and len({side.count for side in positions}) == 1:
+            inputs = torch.cat([side.inputs for side in positions], dim=0 if positions[0].one_hot else 1)
+            deltas = torch.cat([side.deltas for side in positions], dim=1)
+            joined = Positions(deltas, inputs, positions[0].columns)
+            return joined if positions is rotated else Unformed(joined, basis=basis)
     matrices = [
-        side.matrices if isinstance(side, Unrotated) else basis.rotate_back(side.gradients()) for side in sides
+        basis.rotate_back(side.gradients()) if isinstance(side, Positions) else side.formed() for side in sides
     ]
-    return Unrotated(torch.cat(matrices), basis)
+    return Unrotated(torch.cat(matrices), basis=basis)
 
 
 def own_scores(side: Side, dense: Float[Tensor, "g o e"], budget: int) -> Float[Tensor, " n"]:
@@ -189,8 +261,8 @@ def own_scores(side: Side, dense: Float[Tensor, "g o e"], budget: int) -> Float[
 
 def pair_scores(test: Side, train: Side, spectral: Filter, budget: int) -> Float[Tensor, "m n"]:
     """``⟨G_m, D ∘ G_n⟩`` of every pair, by the order of contraction that takes the fewest flops."""
-    if isinstance(test, Unrotated) and isinstance(train, Unrotated):
-        return test.weighted(spectral) @ train.matrices.flatten(1).T
+    if not isinstance(test, Positions) and not isinstance(train, Positions):
+        return _by_own_coordinates(test, train, spectral, budget)
     outputs, columns = spectral.dense.shape[1:]
     pairs, size = test.size * train.size, spectral.dense.numel()
     formed = pairs * size + _forming(test, size) + _forming(train, size)
@@ -202,8 +274,9 @@ def pair_scores(test: Side, train: Side, spectral: Filter, budget: int) -> Float
         if test.one_hot:
             orders.append((pairs * together * outputs, partial(_by_indices, test, train, spectral, budget)))
         else:
-            # On a par with gradients for one position, where it saves writing and reading them.
-            streamed = pairs * train.count * size + _forming(test, size)
+            # As many flops as gradients for one position; what is written and read differs.
+            turned = len(spectral.dense) * columns * TURNED
+            streamed = pairs * train.count * (size + turned) + _forming(test, size)
             orders.append((streamed, partial(_by_positions, test, train, spectral, budget)))
             if spectral.stairs is not None:
                 constant = together * len(spectral.dense) * (outputs + columns)
@@ -217,11 +290,11 @@ def pair_scores(test: Side, train: Side, spectral: Filter, budget: int) -> Float
 
 
 def _forming(side: Side, size: int) -> int:
-    return side.size * side.count * size if isinstance(side, Positions) else 0
+    return side.size * (side.count + FORMED) * size if isinstance(side, Positions) else 0
 
 
 def _dtype(side: Side) -> torch.dtype:
-    return side.deltas.dtype if isinstance(side, Positions) else side.matrices.dtype
+    return side.basis.outputs.dtype if not isinstance(side, Positions) else side.deltas.dtype
 
 
 def _samples(budget: int, each: int) -> int:
@@ -232,6 +305,14 @@ def _samples(budget: int, each: int) -> int:
 def _parts(side: AnySide, step: int) -> Iterator[AnySide]:
     for start in range(0, side.size, step):
         yield side.part(slice(start, start + step))
+
+
+def _by_own_coordinates(
+    test: Unrotated | Unformed, train: Unrotated | Unformed, spectral: Filter, budget: int
+) -> Float[Tensor, "m n"]:
+    weighted = test.weighted(spectral)
+    step = _samples(budget, 2 * spectral.dense.numel() * spectral.dense.element_size())
+    return torch.cat([weighted @ part.formed().flatten(1).T for part in _parts(train, step)], dim=1)
 
 
 def _by_gradients(test: Side, train: Side, spectral: Filter, budget: int) -> Float[Tensor, "m n"]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from itertools import islice
+from typing import Any, ClassVar, Generic, Literal, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -13,8 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from influence_framework.errors import InvalidInputError, MissingCapabilityError
-from influence_framework.layers import Cover, Layer, Samples
-from influence_framework.protocols import Diagonal, LayerStatistics, LinearOperator
+from influence_framework.layers import Cover, Layer, LayerBatch, Samples
+from influence_framework.protocols import Diagonal, LayerStatistics, LinearOperator, SavedState
 from influence_framework_ekfac.inverse import EkfacInverse, EkfacLayer
 from influence_framework_ekfac.statistics import (
     Covariances,
@@ -26,6 +28,43 @@ from influence_framework_ekfac.statistics import (
 
 ALONE = "only"
 """Name of the block where a single operator is fitted."""
+
+
+Sums = TypeVar("Sums", Covariances, SecondMoments)
+"""What is added up over the batches of one layer."""
+
+
+def empty(like: Mapping[Layer, Sums]) -> dict[Layer, Sums]:
+    """The same before any batch."""
+    found: dict[Layer, Sums] = {layer: copy(kept) for layer, kept in like.items()}
+    for kept in found.values():
+        kept.sums = [torch.zeros_like(part) for part in kept.sums]
+    return found
+
+
+@dataclass(frozen=True)
+class Collect(Generic[Sums]):
+    """Adds up the batches of a share of the data; no closure, so that it can be sent to another process.
+
+    Attributes:
+        nothing: What sums are made of, by layer.
+        what: They are, for a bar.
+        progress: Whether to show it.
+    """
+
+    nothing: Mapping[Layer, Sums]
+    what: str
+    progress: bool
+
+    def __call__(self, passed: Iterator[tuple[Mapping[Layer, LayerBatch], int]]) -> list[Tensor]:
+        """The number of samples, then the sums of each layer."""
+        found: dict[Layer, Sums] = empty(self.nothing)
+        count = torch.zeros((), dtype=torch.float64, device="cpu")
+        for batches, size in tqdm(passed, desc=self.what, unit=" batches", disable=not self.progress):
+            count += size
+            for layer, batch in batches.items():
+                found[layer].add(batch)
+        return [count, *(part for kept in found.values() for part in kept.sums)]
 
 
 def _is_whole(value: object, least: int) -> bool:
@@ -46,6 +85,7 @@ class KroneckerSolver:
     progress: bool = False
 
     fixed: ClassVar[bool] = True
+    takes_indefinite: ClassVar[bool] = True
     accuracy: ClassVar[None] = None
     requires: ClassVar[tuple[type[Any], ...]] = (LayerStatistics,)
     default_source: ClassVar[str] = "gauss_newton"
@@ -102,6 +142,35 @@ class KroneckerSolver:
             )
         return found
 
+    def restore(self, operator: LinearOperator, regularization: float, state: SavedState) -> EkfacInverse:
+        """Bases and eigenvalues as they were.
+
+        Raises:
+            InvalidInputError: The layers in matrix form are not those of the fit.
+        """
+        tensors, names = state.tensors, state.values["layers"]
+        places = {layer.name: layer.form.places for layer in self._cover(operator).layers}
+        shapes = [tuple(tensors[f"{index}.values"].shape) for index in range(len(names))]
+        if {name: tuple(at.shape) for name, at in places.items()} != dict(zip(names, shapes, strict=True)):
+            raise InvalidInputError(
+                f"The layers in matrix form are {list(places)} here and were {names} at the fit: register the "
+                "same forms of layers (register_layer), or fit again."
+            )
+        bases = [
+            Eigenbasis(tensors[f"{i}.outputs"], tensors.get(f"{i}.inputs"), tensors[f"{i}.values"])
+            for i in range(len(names))
+        ]
+        fitted = {name: EkfacLayer(places[name], basis) for name, basis in zip(names, bases, strict=True)}
+        return EkfacInverse(
+            operator,
+            regularization,
+            fitted,
+            (self._free(operator, fitted), tensors["rest"]),
+            self.score_rtol,
+            self.memory_budget,
+            state.values["definite"],
+        )
+
     def _cover(self, operator: LinearOperator) -> Cover:
         if not isinstance(operator, LayerStatistics):
             raise MissingCapabilityError(
@@ -124,38 +193,37 @@ class KroneckerSolver:
     def _bases(
         self, operator: LayerStatistics, layers: Sequence[Layer], dtype: torch.dtype
     ) -> dict[Layer, Eigenbasis]:
-        covariances = {layer: Covariances(layer, self.weight_sharing, self.dtype) for layer in layers}
-        total = 0
-        for batches, size in self._pass(operator, layers, "Covariances"):
-            total += size
-            for layer, batch in batches.items():
-                covariances[layer].add(batch)
+        nothing = {layer: Covariances(layer, self.weight_sharing, self.dtype) for layer in layers}
+        covariances, total = self._summed(operator, nothing, "Covariances")
         bases = {
             layer: found.decompose(layer.name, total, dtype, layer.form.places.device)
             for layer, found in covariances.items()
         }
         if not self.refits:
             return bases
-        moments = {layer: SecondMoments(basis, self.memory_budget) for layer, basis in bases.items()}
-        for batches, _ in self._pass(operator, layers, "Eigenvalues"):
-            for layer, batch in batches.items():
-                moments[layer].add(batch)
+        squares = {layer: SecondMoments(basis, self.memory_budget) for layer, basis in bases.items()}
+        moments, _ = self._summed(operator, squares, "Eigenvalues")
         return {layer: found.eigenbasis(total) for layer, found in moments.items()}
 
-    def _pass(self, operator: LayerStatistics, layers: Sequence[Layer], what: str) -> Iterator[Any]:
+    def _summed(
+        self, operator: LayerStatistics, nothing: Mapping[Layer, Sums], what: str
+    ) -> tuple[dict[Layer, Sums], int]:
+        """Sums over the data of every layer, from ``nothing`` yet, and the number of samples."""
         # Both passes see the same draws.
         generator = torch.Generator("cpu").manual_seed(self.seed)
-        passed = operator.layer_batches(layers, self.samples, generator)
-        return iter(tqdm(passed, desc=what, unit=" batches", disable=not self.progress))
+        collect = Collect(nothing, what, self.progress)
+        count, *sums = operator.layer_sums(list(nothing), self.samples, generator, collect)
+        rest = iter(sums)
+        totals = empty(nothing)
+        for kept in totals.values():
+            kept.sums = list(islice(rest, len(kept.sums)))
+        return totals, int(count)
 
     def _rest(
         self, operator: LinearOperator, layers: Mapping[str, EkfacLayer]
     ) -> tuple[Int[Tensor, " r"], Float[Tensor, " r"]]:
         """Positions of parameters in no layer, and the curvature they are given."""
-        free = torch.ones(operator.shape[0], dtype=torch.bool, device=operator.device)
-        for layer in layers.values():
-            free[layer.places.flatten()] = False
-        index = torch.nonzero(free)[:, 0]
+        index = self._free(operator, layers)
         if not len(index) or self.uncovered == "identity":
             return index, torch.zeros(len(index), dtype=operator.dtype, device=operator.device)
         if not isinstance(operator, Diagonal):
@@ -165,6 +233,13 @@ class KroneckerSolver:
                 "'empirical_fisher', or uncovered='identity'."
             )
         return index, operator.diagonal()[index]
+
+    @staticmethod
+    def _free(operator: LinearOperator, layers: Mapping[str, EkfacLayer]) -> Int[Tensor, " r"]:
+        free = torch.ones(operator.shape[0], dtype=torch.bool, device=operator.device)
+        for layer in layers.values():
+            free[layer.places.flatten()] = False
+        return torch.nonzero(free)[:, 0]
 
 
 @dataclass(frozen=True)

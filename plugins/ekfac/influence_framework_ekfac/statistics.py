@@ -18,6 +18,12 @@ WeightSharing = Literal["expand", "reduce"]
 PANEL = 32
 """Columns of the narrowest panel that a symmetric product is cut into."""
 
+SMALLEST, LARGEST = 1e-12, 1e12
+"""Between these the largest of some rows has to be for their products to be taken in single precision."""
+
+ROWS = 4096
+"""Rows of inputs or output gradients whose products are summed in their own precision."""
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """What rotations and products are done in: half precision is too coarse for sums of squares."""
@@ -93,7 +99,10 @@ def gram(rows: Float[Tensor, "g n i"]) -> Float[Tensor, "g i i"]:
 
 
 class Covariances:
-    """Sums of ``ā āᵀ`` and ``δ δᵀ`` of one layer.
+    """Sums of ``ā āᵀ`` and ``δ δᵀ`` of one layer, and the number of positions.
+
+    Sums are held in ``dtype``. Products of a few thousand rows are taken in the precision of these rows,
+    single precision at least: they are rounded as the rows themselves are.
 
     With ``"expand"`` every position counts by itself; with ``"reduce"`` a sample's positions are first
     averaged (inputs) and summed (output gradients). Eschenhagen et al. (2023), "Kronecker-Factored
@@ -106,9 +115,13 @@ class Covariances:
         # Columns of a whole gradient are no positions that could be averaged.
         self.sharing = "expand" if layer.transposed else sharing
         self.dtype = dtype
-        self.positions = 0
-        self.gradient: Tensor | float = 0.0
-        self.input: Tensor | float = 0.0
+        device = layer.form.places.device
+        width = () if self.one_hot else (self.columns,)
+        self.sums = [
+            torch.zeros(self.groups, self.outputs, self.outputs, dtype=dtype, device=device),
+            torch.zeros(self.groups, self.columns, *width, dtype=dtype, device=device),
+            torch.zeros((), dtype=torch.float64, device="cpu"),
+        ]
 
     def add(self, batch: LayerBatch) -> None:
         """Add one batch's sums."""
@@ -116,19 +129,29 @@ class Covariances:
         if self.sharing == "reduce":
             deltas = deltas.sum(3, keepdim=True)
         # All draws, samples and positions of a group, one after the other.
-        rows = deltas.transpose(0, 1).flatten(1, 3).to(self.dtype)
-        self.gradient = self.gradient + gram(rows)
+        outer, inner, positions = self.sums
+        outer += self._sum(deltas.transpose(0, 1).flatten(1, 3))
         present = batch.present
         places = batch.size * batch.positions if present is None else int(present.sum())
-        self.positions += batch.size if self.sharing == "reduce" else places
+        positions += batch.size if self.sharing == "reduce" else places
         if self.one_hot:
-            self.input = self.input + self._one_hot(batch)
+            inner += self._one_hot(batch)
             return
         if self.sharing == "reduce":
             counts = batch.positions if present is None else present.sum(1)[:, None, None]
             inputs = inputs.sum(2, keepdim=True) / counts
-        vectors = inputs.flatten(1, 2).to(self.dtype)
-        self.input = self.input + gram(vectors)
+        inner += self._sum(inputs.flatten(1, 2))
+
+    def _sum(self, rows: Float[Tensor, "g n i"]) -> Float[Tensor, "g i i"]:
+        largest = float(torch.linalg.vector_norm(rows, torch.inf)) if rows.numel() else 0.0
+        # Beyond these bounds squares would overflow in single precision, or vanish.
+        own = compute_dtype(rows.dtype) if SMALLEST < largest < LARGEST else self.dtype
+        dtype = torch.float32 if self.dtype is torch.float32 else own
+        parts = rows.to(dtype).split(ROWS, dim=1)
+        total = gram(parts[0]).to(self.dtype)
+        for part in parts[1:]:
+            total += gram(part)
+        return total
 
     def _one_hot(self, batch: LayerBatch) -> Float[Tensor, "1 e"]:
         """The diagonal of the covariance of unit vectors, all of it that there is under ``"expand"``."""
@@ -150,13 +173,14 @@ class Covariances:
 
     def decompose(self, name: str, samples: int, dtype: torch.dtype, device: torch.device) -> Eigenbasis:
         """Eigenbases in ``dtype``, and the Kronecker products of the eigenvalues: ``Λ = λ_G ⊗ λ_A``."""
-        if isinstance(self.gradient, float) or isinstance(self.input, float):
+        outer, inner, positions = self.sums
+        if not positions:
             # The model never applied this layer, and its gradient is zero.
             shape = (self.groups, self.outputs, self.columns)
             basis = torch.eye(self.outputs, dtype=dtype, device=device).expand(self.groups, -1, -1)
             return Eigenbasis(basis, None, torch.zeros(shape, dtype=self.dtype, device=device))
-        left, outputs = _eigh(self.gradient / samples, f"output gradients of {name!r}")
-        covariance = self.input / max(self.positions, 1)
+        left, outputs = _eigh(outer / samples, f"output gradients of {name!r}")
+        covariance = inner / float(positions)
         if self.one_hot:
             return Eigenbasis(outputs.to(dtype), None, left[:, :, None] * covariance[:, None, :])
         right, inputs = _eigh(covariance, f"inputs of {name!r}")
@@ -183,7 +207,7 @@ class SecondMoments:
     def __init__(self, basis: Eigenbasis, budget: int) -> None:
         self.basis = basis
         self.budget = budget
-        self.total = torch.zeros_like(basis.values)
+        self.sums = [torch.zeros_like(basis.values)]
 
     def add(self, batch: LayerBatch) -> None:
         """Add one batch's squares."""
@@ -193,10 +217,10 @@ class SecondMoments:
             # (Σ_t δ ⊗ ā)² = δ² ⊗ ā²: no sample's gradient is formed.
             turned = self.basis.rotated(batch)
             squares = turned.output_gradients.square().sum(0)[:, :, 0]
-            self.total += squares.mT @ turned.inputs[:, :, 0].square()
+            self.sums[0] += squares.mT @ turned.inputs[:, :, 0].square()
         else:
             for part in in_parts(batch, self.budget):
-                self.total += self.basis.gradients(part).square_().sum((0, 1))
+                self.sums[0] += self.basis.gradients(part).square_().sum((0, 1))
 
     def _add_one_hot(self, turned: LayerBatch) -> None:
         """Sum the positions of a sample that hold the same index, square, and add up over samples."""
@@ -205,12 +229,13 @@ class SecondMoments:
         pairs, place = torch.unique((sample * turned.columns + turned.inputs).flatten(), return_inverse=True)
         flat = turned.output_gradients[:, 0].flatten(1, 2)
         sums = flat.new_zeros(draws, len(pairs), outputs).index_add_(1, place, flat)
-        squares = sums.square().sum(0).T.to(self.total)
-        self.total[0].index_add_(1, pairs % turned.columns, squares)
+        (total,) = self.sums
+        squares = sums.square().sum(0).T.to(total)
+        total[0].index_add_(1, pairs % turned.columns, squares)
 
     def eigenbasis(self, samples: int) -> Eigenbasis:
         """The basis with its refitted eigenvalues."""
-        return Eigenbasis(self.basis.outputs, self.basis.inputs, self.total / samples)
+        return Eigenbasis(self.basis.outputs, self.basis.inputs, self.sums[0] / samples)
 
 
 def in_parts(batch: LayerBatch, budget: int) -> Iterable[LayerBatch]:

@@ -150,7 +150,7 @@ def test_the_rest_gets_what_was_asked_for(name: str, uncovered: str) -> None:
     diagonal = exact.diagonal()[rest] * (uncovered == "diagonal")
     assert_close(factors[:, rest], gradients[:, rest] / (diagonal + STRENGTH), 1e-10, "rest")
     # The layers are those of the net in which the others are frozen.
-    parameters = reference.trainable(model)
+    parameters = sizes = reference.trainable(model)
     for frozen in names:
         parameters[frozen].requires_grad_(False)
     kept = torch.ones(len(exact), dtype=torch.bool)
@@ -159,6 +159,14 @@ def test_the_rest_gets_what_was_asked_for(name: str, uncovered: str) -> None:
     assert_close(factors[:, kept], alone, 1e-10, "layers")
     assert_close(influence.influences(*test), factors @ gradients.T, 1e-10, "scores")
     assert_close(influence.self_influences(*test), (factors * gradients).sum(1), 1e-10, "self-influences")
+    said = influence.inverses["full"].coverage.splitlines()
+    assert said[0].startswith(
+        f"{int(kept.sum())} of {len(kept)} parameters ({int(kept.sum()) / len(kept):.1%})"
+    )
+    fate = "its diagonal curvature" if diagonal.any() else "λ alone"
+    assert {line.split(":")[0] for line in said if f": {fate}; " in line} == names
+    listed = {name for line in said[1:] for name in line.split(":")[0].split(", ")}
+    assert listed == set(sizes)
 
 
 def test_blocks_cut_across_layers() -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jaxtyping
 import pytest
 import torch
-from influence_framework_ekfac import EkfacSolver, KfacSolver
+from influence_framework_ekfac import EkfacInverse, EkfacSolver, KfacSolver
 from torch import Tensor, nn
 
 import influence_framework as inf
@@ -103,6 +103,49 @@ def test_precisions(name: str, source: str, dtype: torch.dtype, tolerance: float
         assert found.influence_factors(x, y).dtype is dtype
         assert_close(scores, wanted.influences(exact, y), tolerance)
         assert_close(found.self_influences(x, y), wanted.self_influences(exact, y), tolerance)
+
+
+def test_outputs_of_points_are_checked_in_the_pass_that_scores_them() -> None:
+    """Finite points whose outputs are not, and labels that there are not, on either side."""
+    instance, (x, y) = dense.made(Case(lambda: nn.Linear(3, 3), sizes=[4]))
+    low = instance.to(torch.float32)
+    with torch.no_grad():
+        low.model.weight.fill_(10.0)
+    influence = compose(low).fit(low.data)
+    x = x.float()
+    calls: list[int] = []
+    handle = low.model.register_forward_hook(lambda *_: calls.append(1))
+    influence.influences(x, y, x, y)
+    handle.remove()
+    assert len(calls) == 2
+    large = torch.full_like(x, 3e38)
+    for bad, error in (((large, y), inf.NonFiniteError), ((x, y + 7), inf.InvalidInputError)):
+        for work in (
+            lambda bad=bad: influence.influences(*bad, x, y),
+            lambda bad=bad: influence.influences(x, y, *bad),
+            lambda bad=bad: influence.self_influences(*bad),
+        ):
+            with pytest.raises(error, match=r"on the points|out of bounds"):
+                work()
+
+
+def test_half_precision_adds_up_many_layers() -> None:
+    """In bfloat16 itself a sum of ones stops at 256."""
+    low = dense.made(Case(lambda: nn.Linear(3, 3), sizes=[4]))[0].to(torch.bfloat16)
+    inverse = cast(EkfacInverse, compose(low).fit(low.data).inverses["full"])
+    ((name, layer),) = inverse.layers.items()
+    base = cast(inf.LayerStatistics, inverse.base)
+    ((batches, size),) = base.layer_batches(base.cover().layers, 1, torch.Generator())
+    (batch,) = batches.values()
+    once = inverse.side({name: batch}, size)
+    many = dataclasses.replace(inverse, layers={str(i): layer for i in range(600)})
+    side = many.side({str(i): batch for i in range(600)}, size)
+    for found, one in (
+        (many.scores(side, side), inverse.scores(once, once)),
+        (many.self_scores(side), inverse.self_scores(once)),
+    ):
+        assert found.dtype is torch.bfloat16
+        assert_close(found.double(), 600 * one.double(), 1e-2)
 
 
 @pytest.mark.parametrize("name", ["ragged_last_batch", "conv", "embedding", "module_used_twice"])

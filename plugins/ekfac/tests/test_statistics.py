@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 from influence_framework_ekfac import EkfacInverse
-from influence_framework_ekfac.statistics import gram
+from influence_framework_ekfac.statistics import Covariances, gram
 from torch import Tensor, nn
 
 import influence_framework as inf
@@ -108,6 +108,21 @@ def test_sums_of_squares_of_wide_rows_are_whole_and_symmetric(width: int) -> Non
     found = gram(rows)
     assert_close(found, found.mT, 1e-15)
     assert_close(found, torch.einsum("gni,gnj->gij", rows, rows), 1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+def test_covariances_of_single_precision_are_precise_at_any_scale(scale: float) -> None:
+    """Squares of 1e±25 are beyond float32. A hundred thousand rows: one float32 sum would lose three digits."""
+    generator = torch.Generator().manual_seed(0)
+    rows = scale * torch.rand(1, 100_000, 1, 3, generator=generator)
+    deltas = scale * torch.rand(1, 1, 100_000, 1, 2, generator=generator)
+    base = cast(inf.LayerStatistics, fitted(linear(2, 4), {"name": "ekfac"}).base)
+    (layer,) = base.cover().layers
+    sums = Covariances(layer, "expand", torch.float64)
+    sums.add(LayerBatch(rows, deltas, 3))
+    for found, vectors in ((sums.input, rows[0, :, 0]), (sums.gradient, deltas[0, 0, :, 0])):
+        assert isinstance(found, Tensor)
+        assert_close(found[0], vectors.double().T @ vectors.double(), 1e-6)
 
 
 @SOLVERS

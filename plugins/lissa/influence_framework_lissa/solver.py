@@ -20,7 +20,7 @@ from influence_framework.errors import (
     MissingCapabilityError,
 )
 from influence_framework.inverses import Inverse, make_solution, row_norms, scaled_rows
-from influence_framework.protocols import LinearOperator, Minibatches, Solution, StopReason
+from influence_framework.protocols import LinearOperator, Minibatches, SavedState, Solution, StopReason
 from influence_framework_lissa.recursion import Rows, Systems, averaged, plain
 from influence_framework_lissa.spectrum import typical_largest
 
@@ -138,6 +138,14 @@ class LissaSolver:
             )
         return inverse
 
+    def restore(self, operator: LinearOperator, regularization: float, state: SavedState) -> LissaInverse:
+        """The scale as it was."""
+        if not isinstance(operator, Minibatches):
+            raise MissingCapabilityError(
+                f"'lissa' works on mini-batches, and {type(operator).__name__} has none."
+            )
+        return LissaInverse(operator, regularization, self, operator, state.values["largest"])
+
 
 @dataclass(frozen=True, eq=False)
 class LissaInverse(Inverse):
@@ -150,6 +158,8 @@ class LissaInverse(Inverse):
         batches: What yields the mini-batches; the same object as ``base``.
         largest: The largest eigenvalue that mini-batches typically have; ``None`` where the scale was given.
     """
+
+    multiplies: ClassVar[bool] = True
 
     base: LinearOperator
     regularization: float
@@ -187,6 +197,10 @@ class LissaInverse(Inverse):
     def with_regularization(self, regularization: float) -> LissaInverse:
         """Another λ; nothing is estimated again."""
         return replace(self, regularization=regularization)
+
+    def state(self) -> SavedState:
+        """What the scale follows from."""
+        return SavedState(values={"largest": self.largest})
 
     def _solve(self, columns: Float[Tensor, "P k"]) -> Solution:
         rhs, unit = scaled_rows(columns)

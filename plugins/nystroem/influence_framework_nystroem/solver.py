@@ -20,7 +20,7 @@ from influence_framework.errors import (
     SingularOperatorError,
 )
 from influence_framework.lowrank import LowRankInverse
-from influence_framework.protocols import LinearOperator
+from influence_framework.protocols import LinearOperator, SavedState
 from influence_framework_nystroem.sketch import Approximation, Sketch
 from influence_framework_nystroem.spectrum import Apply, lanczos_steps, residual_norm, ritz_values
 
@@ -133,6 +133,13 @@ class NystroemSolver:
             lowest=lowest,
             error=error,
         )
+
+    def restore(self, operator: LinearOperator, regularization: float, state: SavedState) -> LowRankInverse:
+        """The eigenpairs as they were, of the inverse or of its form as a preconditioner."""
+        if "lowest" not in state.values:
+            return LowRankInverse.restored(operator, regularization, state)
+        found = {name: state.values[name] for name in ("lowest", "error")}
+        return NystroemInverse.restored(operator, regularization, state, solver=self, **found)
 
     def _sketch(
         self, operator: LinearOperator, apply: Apply, regularization: float, generator: torch.Generator
@@ -250,6 +257,10 @@ class NystroemInverse(LowRankInverse):
         # Not the seed of the sketch: on its own test vectors the approximation is exact.
         generator = torch.Generator("cpu").manual_seed(self.solver.seed + 1)
         return residual_norm(self.base.__matmul__, self.values, self.vectors, generator)
+
+    def state(self) -> SavedState:
+        """The eigenpairs, and what was found beside them."""
+        return super().state() | SavedState(values={"lowest": self.lowest, "error": self.error})
 
     def preconditioner(self) -> LowRankInverse:
         """``U (Θ + λI)⁻¹ Uᵀ + (θ_r + λ)⁻¹ (I − U Uᵀ)``, with ``θ_r`` the smallest eigenvalue kept.

@@ -1,0 +1,1 @@
+"""Fitted models on disk: folders of safetensors and JSON."""

@@ -1,0 +1,223 @@
+"""Products with the curvature of a chain of linear layers by matrix products alone, without autograd.
+
+In a chain each linear layer is used once, on vectors, and its input is an elementwise function of the output
+of the one before: ``s_l = W_l a_l + b_l`` and ``a_{l+1} = φ_l(s_l)``. With a dot for the derivative along a row
+``V`` of the product, and ``δ_l`` and ``γ_l`` the gradients of the mean loss by ``s_l`` and ``a_l``,
+
+    ṡ_l = V_l a_l + W_l ȧ_l               ȧ_{l+1} = φ_l'(s_l) ∘ ṡ_l
+    δ̇_l = φ_l'(s_l) ∘ γ̇_{l+1} + φ_l''(s_l) ∘ γ_{l+1} ∘ ṡ_l
+    γ̇_l = W_lᵀ δ̇_l + V_lᵀ δ_l             (C V)_l = Σ_n δ̇_l a_lᵀ + δ_l ȧ_lᵀ
+
+and ``δ̇`` of the last layer from the curvature of what follows it. Pearlmutter (1994), "Fast Exact
+Multiplication by the Hessian", §3.2. The terms with ``δ`` and ``γ`` belong to the Hessian only; without them it
+is the product of Schraudolph (2002), "Fast Curvature Matrix-Vector Products", §3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from influence_framework.data import Batch
+from influence_framework.derivatives import gradients_of
+from influence_framework.layers import Cover, Layer, Tape, record
+from influence_framework.layers.forms import LinearForm
+from influence_framework.parameters import ParameterSpace
+from influence_framework.problem import Problem
+from influence_framework.sources.linearization import Curve, Linearization, Product
+
+
+def plain_layers(covered: Cover) -> dict[str, Layer] | None:
+    """The layers by module, where all parameters are those of linear modules that share none; else ``None``."""
+    plain = all(len(x.modules) == 1 and type(x.form) is LinearForm for x in covered.layers)
+    if covered.uncovered or not plain:
+        return None
+    return {name: layer for layer in covered.layers for name in layer.modules}
+
+
+def used_once_on_vectors(tape: Tape, layers: Collection[str], size: int) -> bool:
+    """Whether every layer was applied once, to one vector for each of ``size`` samples."""
+    on_vectors = all(use.inputs.ndim == 2 and use.inputs.shape[0] == size for use in tape.uses)
+    return on_vectors and sorted(use.module for use in tape.uses) == sorted(layers)
+
+
+@dataclass(frozen=True, eq=False)
+class Link:
+    """One layer of the chain on one batch.
+
+    Attributes:
+        weight: ``W``, ``(o, i)``.
+        places: Index of ``"weight"`` and ``"bias"`` among the parameters, those that take part.
+        inputs: ``a``, ``(n, i)``.
+        slope: ``φ'`` of the elementwise function behind the inputs, ``(n, i)``; ``None`` for the first layer.
+        bend: ``φ'' ∘ γ``, ``(n, i)``; ``None`` for the first layer and where the curvature has no such terms.
+        gradient: ``δ``, ``(n, o)``; ``None`` where the curvature has no such terms.
+    """
+
+    weight: Float[Tensor, "o i"]
+    places: dict[str, int]
+    inputs: Float[Tensor, "n i"]
+    slope: Float[Tensor, "n i"] | None
+    bend: Float[Tensor, "n i"] | None
+    gradient: Float[Tensor, "n o"] | None
+
+
+class ChainLinearization(Linearization):
+    """The curvature of one batch of a chain; see the module."""
+
+    def __init__(self, links: Sequence[Link], head: Product, parameters: ParameterSpace) -> None:
+        self.links, self.head, self.parameters = links, head, parameters
+        samples = sum(link.inputs.nelement() + len(link.inputs) * len(link.weight) for link in links)
+        self.row_bytes = samples * links[0].inputs.element_size()
+
+    @classmethod
+    def of(
+        cls,
+        problem: Problem,
+        parameters: ParameterSpace,
+        curve: Curve,
+        batch: Batch,
+        layers: Mapping[str, Layer],
+        *,
+        gradient_terms: bool,
+    ) -> ChainLinearization | None:
+        """The linearisation, or ``None`` where the model is no chain of ``layers`` on this batch.
+
+        Whether it is one is asked of autograd with a random cotangent: what the output of every layer
+        receives must be what the recursion of the chain gives.
+        """
+        tape = record(problem, layers, batch)
+        if not used_once_on_vectors(tape, layers, problem.objective.size(batch)):
+            return None
+        shifts, inputs = tape.shifts, [use.inputs for use in tape.uses]
+        modules = [problem.model.get_submodule(use.module) for use in tape.uses]
+        weights = [cast(Tensor, module.weight).detach() for module in modules]
+        if any(a.shape != shift.shape for a, shift in zip(inputs[1:], shifts[:-1], strict=True)):
+            return None
+        with torch.enable_grad():
+            slopes = [
+                gradients_of(a.sum(), [shift])[0] for a, shift in zip(inputs[1:], shifts[:-1], strict=True)
+            ]
+            if not _is_chain(tape, weights, slopes):
+                return None
+            head = curve(problem, tape.outputs, shifts[-1:], batch)
+            deltas: Sequence[Tensor | None] = [None] * len(shifts)
+            bends: list[Tensor | None] = [None] * len(slopes)
+            if gradient_terms:
+                loss = problem.objective.mean_loss(tape.outputs, batch)
+                found = [delta.detach() for delta in gradients_of(loss, shifts)]
+                bends = [
+                    gradients_of(slope, [shift], delta @ weight)[0].detach()
+                    for slope, shift, delta, weight in zip(
+                        slopes, shifts[:-1], found[1:], weights[1:], strict=True
+                    )
+                ]
+                deltas = found
+        indices = {name: index for index, name in enumerate(parameters.names)}
+        links = [
+            Link(
+                weight,
+                {local: indices[name] for local, name in layers[use.module].parts.items()},
+                use.inputs.detach(),
+                None if slope is None else slope.detach(),
+                bend,
+                delta,
+            )
+            for weight, use, slope, bend, delta in zip(
+                weights, tape.uses, [None, *slopes], [None, *bends], deltas, strict=True
+            )
+        ]
+        return cls(links, head, parameters)
+
+    def apply(self, rows: Float[Tensor, "k P"]) -> Float[Tensor, "k P"]:
+        """All products are of two matrices, with the ``k`` rows beside the features or beside the samples."""
+        changes = self.parameters.unflatten_rows(rows)
+        of_outputs, of_inputs = self._forward(changes)
+        (back,) = self.head([of_outputs[-1].transpose(0, 1)])
+        if back is None:
+            return torch.zeros_like(rows)
+        result = torch.empty_like(rows)
+        parts = self.parameters.unflatten_rows(result)
+        flow = back.transpose(0, 1).contiguous()
+        for index in reversed(range(len(self.links))):
+            link = self.links[index]
+            self._gradients(link, flow, of_inputs[index], parts)
+            if link.slope is not None:
+                flow = self._backward(link, flow, of_outputs[index - 1], changes)
+        return result
+
+    def _forward(
+        self, changes: Sequence[Tensor]
+    ) -> tuple[list[Float[Tensor, "n k _o"]], list[Float[Tensor, "n k _i"] | None]]:
+        """``ṡ`` and ``ȧ`` of every layer."""
+        of_outputs: list[Tensor] = []
+        of_inputs: list[Tensor | None] = []
+        for link in self.links:
+            out, width = link.weight.shape
+            moved = None if link.slope is None else of_outputs[-1] * link.slope[:, None]
+            change = {local: changes[place] for local, place in link.places.items()}
+            count = len(next(iter(change.values())))
+            if "weight" not in change:
+                own = change["bias"].expand(len(link.inputs), -1, -1).contiguous()
+            elif "bias" in change:
+                own = torch.addmm(
+                    change["bias"].reshape(-1), link.inputs, change["weight"].reshape(-1, width).T
+                )
+            else:
+                own = link.inputs @ change["weight"].reshape(-1, width).T
+            if moved is not None:
+                own.view(-1, out).addmm_(moved.view(-1, width), link.weight.T)
+            of_outputs.append(own.view(-1, count, out))
+            of_inputs.append(moved)
+        return of_outputs, of_inputs
+
+    @staticmethod
+    def _backward(
+        link: Link, flow: Float[Tensor, "n k o"], before: Float[Tensor, "n k i"], changes: Sequence[Tensor]
+    ) -> Float[Tensor, "n k i"]:
+        """``δ̇`` of the layer before ``link`` from that of ``link``; ``before`` is the former's ``ṡ``."""
+        out, width = link.weight.shape
+        assert link.slope is not None
+        change = changes[link.places["weight"]] if "weight" in link.places else None
+        if link.gradient is None or change is None:
+            arrived = flow.reshape(-1, out) @ link.weight
+        else:
+            # The rows beside the features: one product for all of them.
+            arrived = (link.gradient @ change.transpose(0, 1).reshape(out, -1)).view(-1, width)
+            arrived.addmm_(flow.reshape(-1, out), link.weight)
+        result = arrived.view(before.shape).mul_(link.slope[:, None])
+        return result if link.bend is None else result.addcmul_(link.bend[:, None], before)
+
+    @staticmethod
+    def _gradients(
+        link: Link, flow: Float[Tensor, "n k o"], moved: Float[Tensor, "n k i"] | None, parts: Sequence[Tensor]
+    ) -> None:
+        """Write the layer's share of the product."""
+        if "bias" in link.places:
+            torch.sum(flow, dim=0, out=parts[link.places["bias"]])
+        if "weight" not in link.places:
+            return
+        part = parts[link.places["weight"]]
+        part.copy_((flow.flatten(1).T @ link.inputs).view(part.shape))
+        if link.gradient is not None and moved is not None:
+            more = link.gradient.T @ moved.flatten(1)
+            part += more.view(len(link.weight), -1, link.weight.shape[1]).transpose(0, 1)
+
+
+def _is_chain(tape: Tape, weights: Sequence[Tensor], slopes: Sequence[Tensor]) -> bool:
+    """Whether autograd passes a random cotangent back as ``δ_l = φ_l' ∘ (W_{l+1}ᵀ δ_{l+1})``."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    drawn = torch.randn(tape.outputs.shape, generator=generator, dtype=torch.float64, device="cpu")
+    cotangent = drawn.to(tape.outputs.device, tape.outputs.dtype)
+    found = gradients_of(tape.outputs, tape.shifts, cotangent)
+    tolerance = torch.finfo(tape.outputs.dtype).eps ** 0.5
+    for before, after, weight, slope in zip(found[:-1], found[1:], weights[1:], slopes, strict=True):
+        error = torch.linalg.vector_norm(slope * (after @ weight) - before)
+        if not error <= tolerance * torch.linalg.vector_norm(before):
+            return False
+    return True

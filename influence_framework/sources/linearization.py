@@ -1,0 +1,70 @@
+"""The curvature of one batch at fixed parameters, ready to be applied to any number of vectors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from influence_framework.data import Batch
+from influence_framework.derivatives import PushForward, pull_back
+from influence_framework.parameters import ParameterSpace
+from influence_framework.problem import Problem
+
+Product: TypeAlias = Callable[[Sequence[Tensor]], list[Tensor | None]]
+"""A symmetric matrix: from ``k`` stacked tangents of some leaves to as many cotangents, ``None`` where zero."""
+
+Curve: TypeAlias = Callable[[Problem, Tensor, Sequence[Tensor], Batch], Product]
+"""From a batch's outputs, part of a graph, to the curvature of its mean loss with respect to some leaves."""
+
+GRAPH = 3
+"""What a gradient's graph, or another backward pass through it, takes in units of the forward pass."""
+
+
+class Linearization(ABC):
+    """The curvature of one batch, whose forward pass is done: every further row costs only its own products.
+
+    Attributes:
+        row_bytes: What :meth:`apply` takes for one row.
+    """
+
+    row_bytes: int
+
+    @abstractmethod
+    def apply(self, rows: Float[Tensor, "k P"]) -> Float[Tensor, "k P"]:
+        """The product of this batch's curvature (of its mean loss) with ``k`` rows."""
+
+
+class GraphLinearization(Linearization):
+    """The autograd graphs of one batch, for any model that can be differentiated twice."""
+
+    def __init__(self, problem: Problem, parameters: ParameterSpace, curve: Curve, batch: Batch) -> None:
+        problem.require_second_derivatives()
+        self.parameters = parameters
+        # A second backward pass makes about as many tensors as the first, and that as the forward pass.
+        self.row_bytes = GRAPH * problem.sample_bytes * problem.objective.size(batch)
+        leaves = parameters.leaves(problem.model)
+        with torch.enable_grad():
+            outputs = problem.outputs(leaves, batch)
+            self.product = curve(problem, outputs, list(leaves.values()), batch)
+
+    def apply(self, rows: Float[Tensor, "k P"]) -> Float[Tensor, "k P"]:
+        return self.parameters.gather_rows(self.product(self.parameters.unflatten_rows(rows)), rows)
+
+
+def sandwich(outputs: Tensor, leaves: Sequence[Tensor], middle: Callable[[Tensor], Tensor | None]) -> Product:
+    """``Jᵀ H J`` with ``J`` the Jacobian of ``outputs`` with respect to ``leaves`` and ``H`` the ``middle``."""
+    forward = PushForward(outputs, leaves)
+
+    def product(rows: Sequence[Tensor]) -> list[Tensor | None]:
+        tangents = forward(rows)
+        cotangents = None if tangents is None else middle(tangents)
+        if cotangents is None:
+            return [None] * len(leaves)
+        return pull_back([outputs], leaves, [cotangents])
+
+    return product

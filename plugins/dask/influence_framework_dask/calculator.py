@@ -1,0 +1,207 @@
+"""Influence of Dask arrays, lazily, chunked over both sides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import torch
+from dask.base import tokenize
+from distributed import Client
+
+from influence_framework.attribution.queries import solves_alone
+from influence_framework.errors import InvalidInputError
+from influence_framework.influence import TorchInfluenceFunctionModel
+from influence_framework.protocols import InfluenceMode
+from influence_framework_dask.arrays import Layers, check_factor_chunks, check_points, chunks_of, from_loader
+from influence_framework_dask.progress import computed
+from influence_framework_dask.shipping import Reference
+from influence_framework_dask.tasks import Settings, score, score_factors, solve, solve_factors
+
+
+class DaskInfluenceCalculator:
+    """Factors and scores of Dask arrays: built at once, computed when asked for, chunk by chunk.
+
+    A chunk of test points is solved for once; a chunk of the result is the scores of a chunk of test points
+    with a chunk of training points. Arrays are chunked over samples alone. Scores are those of the model's own
+    methods up to rounding; where test points are solved for iteratively, chunk by chunk, up to the solver's
+    tolerance.
+
+    Args:
+        influence_function_model: Fitted. It is sent to each worker once, here.
+        client: Of the cluster that will compute; left out, the one in use, or this process where there is none.
+
+    Raises:
+        NotFittedError: Before ``fit``.
+        InvalidInputError: A model in a dtype that NumPy does not have.
+    """
+
+    def __init__(
+        self, influence_function_model: TorchInfluenceFunctionModel, client: Client | None = None
+    ) -> None:
+        self.influence_function_model = influence_function_model
+        fitted = influence_function_model.fitted
+        if client is None:
+            try:
+                client = Client.current()
+            except ValueError:
+                client = None
+        self.client = client
+        parameters = fitted.problem.parameters
+        try:
+            self.dtype: np.dtype[Any] = torch.empty(0, dtype=parameters.dtype).numpy().dtype
+        except TypeError:
+            raise InvalidInputError(
+                f"The model is {parameters.dtype}, which NumPy arrays cannot hold: convert it to float32."
+            ) from None
+        self._width = parameters.numel
+        reference = Reference.to(fitted, client)
+        self._settings = Settings(reference, influence_function_model.on_failure, parameters.device)
+
+    def _check_solvable(self) -> None:
+        if not solves_alone(self.influence_function_model.fitted):
+            raise InvalidInputError(
+                "The curvature is summed on the cluster, whose workers cannot solve with it while they work on "
+                "chunks: use inf.attribute(model, test, train, executor='dask'), or influences_from_factors "
+                "with the model's own influence_factors."
+            )
+
+    def influence_factors(self, x: da.Array, y: da.Array) -> da.Array:
+        """``(C + λI)⁻¹ ∇ℓ(z)`` of every point, ``(n, P)``, chunked like ``x`` over samples.
+
+        Args:
+            x: Inputs; the first dimension counts samples.
+            y: Their targets, chunked alike.
+
+        Raises:
+            InvalidInputError: Chunks that cannot work, with the remedy.
+        """
+        self._check_solvable()
+        check_points(x, y, self.dtype, "x", "y")
+        solved = self._solved(solve_factors, x, y, "influence-factors", 0)
+        return da.Array(solved.graph, solved.name, (x.chunks[0], (self._width,)), dtype=self.dtype)
+
+    def influences(
+        self,
+        x_test: da.Array,
+        y_test: da.Array,
+        x: da.Array | None = None,
+        y: da.Array | None = None,
+        mode: InfluenceMode | str = InfluenceMode.Up,
+    ) -> da.Array:
+        """Scores of every training point ``(x, y)`` for every test point, chunked over both.
+
+        Args:
+            x_test: Inputs of the test points; the first dimension counts them.
+            y_test: Their targets, chunked alike.
+            x: Inputs of the training points; with ``y`` left out too, the test points stand in.
+            y: Their targets, chunked alike.
+            mode: A member of :class:`InfluenceMode` or its value.
+
+        Returns:
+            ``(n_test, n_train)`` in mode Up, ``(n_test, n_train, *features)`` in mode Perturbation.
+
+        Raises:
+            InvalidInputError: Chunks that cannot work, with the remedy.
+        """
+        mode = InfluenceMode.parse(mode)
+        self._check_solvable()
+        check_points(x_test, y_test, self.dtype, "x_test", "y_test")
+        if (x is None) != (y is None):
+            raise InvalidInputError("Pass both x and y, or neither to score the test points on each other.")
+        if x is None or y is None:
+            x, y = x_test, y_test
+        check_points(x, y, self.dtype, "x", "y")
+        sizes = x_test.chunks[0]
+        if mode is InfluenceMode.Perturbation:
+            factors = self._solved(solve_factors, x_test, y_test, "influence-factors", 0)
+            return self._pairs(score_factors, factors, sizes, x, y, mode)
+        held = self._solved(solve, x_test, y_test, "influence-solve")
+        return self._pairs(score, held, sizes, x, y, mode)
+
+    def influences_from_factors(
+        self,
+        z_test_factors: da.Array,
+        x: da.Array,
+        y: da.Array,
+        mode: InfluenceMode | str = InfluenceMode.Up,
+    ) -> da.Array:
+        """Scores of training points from factors computed earlier.
+
+        Args:
+            z_test_factors: Rows of :meth:`influence_factors`, ``(m, P)``, in chunks of whole rows.
+            x: Inputs of the training points.
+            y: Their targets, chunked alike.
+            mode: A member of :class:`InfluenceMode` or its value.
+
+        Returns:
+            ``(m, n)`` in mode Up, ``(m, n, *features)`` in mode Perturbation.
+
+        Raises:
+            InvalidInputError: Chunks that cannot work, with the remedy.
+        """
+        mode = InfluenceMode.parse(mode)
+        check_factor_chunks(z_test_factors, self._width, self.dtype)
+        check_points(x, y, self.dtype, "x", "y")
+        factors = Layers(z_test_factors.name, z_test_factors.dask)
+        return self._pairs(score_factors, factors, z_test_factors.chunks[0], x, y, mode)
+
+    def arrays(self, loader: Any) -> tuple[da.Array, da.Array]:
+        """Inputs and targets of a ``DataLoader``, one chunk a batch, read by the workers where they are needed.
+
+        Raises:
+            InvalidInputError: The loader shuffles, has no map-style dataset, or batches other than two tensors.
+        """
+        return from_loader(loader, self.client)
+
+    def compute(self, array: da.Array, *, progress: bool = True) -> np.ndarray[Any, np.dtype[Any]]:
+        """The array's numbers, with a bar that counts its chunks; Dask's dashboard shows every task."""
+        return computed(array, self.client, progress)
+
+    def _solved(self, work: Callable[..., Any], x: da.Array, y: da.Array, label: str, *inner: int) -> Layers:
+        """``work`` on every chunk of points: each of them is solved for once."""
+        points = chunks_of(x, y)
+        name = f"{label}-{tokenize(self._settings, points.name)}"
+        layer = {
+            (name, i, *inner): (work, self._settings, (points.name, i), start)
+            for i, start in enumerate(_starts(x))
+        }
+        return Layers.on(name, layer, points)
+
+    def _pairs(
+        self,
+        work: Callable[..., Any],
+        test: Layers,
+        sizes: tuple[int, ...],
+        x: da.Array,
+        y: da.Array,
+        mode: InfluenceMode,
+    ) -> da.Array:
+        """``work`` on every chunk of test points with every chunk of training points."""
+        points = chunks_of(x, y)
+        features = x.shape[1:] if mode is InfluenceMode.Perturbation else ()
+        zeros = (0,) * len(features)
+        factors = work is score_factors
+        name = f"influence-scores-{tokenize(self._settings, test.name, points.name, mode)}"
+        layer = {
+            (name, i, j, *zeros): (
+                work,
+                self._settings,
+                (test.name, i, 0) if factors else (test.name, i),
+                (points.name, j),
+                start,
+                mode if factors else count,
+            )
+            for j, start in enumerate(_starts(x))
+            for i, count in enumerate(sizes)
+        }
+        chunks = (sizes, x.chunks[0], *((size,) for size in features))
+        return da.Array(Layers.on(name, layer, test, points).graph, name, chunks, dtype=self.dtype)
+
+
+def _starts(array: da.Array) -> list[int]:
+    """The first sample of every chunk."""
+    return [0, *accumulate(array.chunks[0])][:-1]

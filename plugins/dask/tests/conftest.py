@@ -1,0 +1,33 @@
+"""One small cluster for all tests: two worker processes of two threads each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jaxtyping
+import pytest
+from distributed import Client, LocalCluster
+
+
+@pytest.fixture(scope="session")
+def client() -> Iterator[Client]:
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=2, dashboard_address=":0") as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
+
+
+@pytest.fixture
+def current(client: Client) -> Iterator[Client]:
+    """The client as the one in use."""
+    with client.as_current():
+        yield client
+
+
+@pytest.fixture
+def as_user() -> Iterator[None]:
+    """Without the run-time checks of types, so that a wrong argument meets the package's own check."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
