@@ -284,17 +284,15 @@ class TestResumption:
             change()
         assert (tmp_path / "runs" / "results.npz").read_bytes() == kept
 
-    def test_other_data_is_noticed(self, tmp_path: Path) -> None:
-        recipe, measures = ev.GradientDescent(1), "loss"
-        one = retraining(seeded(mlp), recipe)
-        two = retraining(seeded(mlp), recipe, data(6, seed=2))
-        for engine in (one, two):
-            settings = {"folder": tmp_path / "runs", "progress": False, "description": ""}
-            if engine is two:
-                with pytest.raises(inf.InvalidInputError, match="what differs: test data"):
-                    engine.run(jobs(), {measures: engine.losses}, **settings)  # type: ignore[arg-type]
-            else:
-                engine.run(jobs(), {measures: engine.losses}, **settings)  # type: ignore[arg-type]
+    @pytest.mark.parametrize("which", ["test data", "training data"])
+    def test_other_data_is_noticed(self, which: str, tmp_path: Path) -> None:
+        model, recipe, folder = seeded(mlp), ev.GradientDescent(1), tmp_path / "runs"
+        run(model, recipe, folder=folder)
+        points = {"test data": data(6, seed=1), "training data": data()}
+        points[which][0][2, 1] += 1e-6
+        engine = Retraining.of(model, LOSS, points["test data"], points["training data"], recipe)
+        with pytest.raises(inf.InvalidInputError, match=f"what differs: {which}. Choose"):
+            engine.run(jobs(), {"loss": engine.losses}, folder=folder, progress=False, description="")
 
     def test_a_folder_of_something_else_is_left_alone(self, tmp_path: Path) -> None:
         (tmp_path / "mine.txt").write_text("mine")
