@@ -23,7 +23,7 @@ NETS = 5
 """Nets of different seeds that ensembles are made of; all other methods see the first."""
 
 Judge = Callable[[Any], Estimate]
-RESAMPLES = 500
+RESAMPLES = 200
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ CACHE = HERE / "cache"
 ENVIRONMENTS = ROOT / ".venv-peers"
 STRENGTHS = (1e-2, 1e-1, 1e-3, 1.0, 1e-4)
 """λ, in units of the curvature of the mean loss, the likeliest first; a method is judged at its best one."""
-LIMIT = 60
+LIMIT = 180
 """Seconds for all λ of one method on one case."""
 
 
@@ -55,6 +55,7 @@ def versions(python: Path, names: tuple[str, ...]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--report", action="store_true", help="on what an earlier run measured, nothing anew")
     parser.add_argument("--keep", action="store_true", help="keep scores of an earlier run that are there")
     parser.add_argument(
         "--only", choices=[case.name for case in CASES], action="append", help="without a report"
@@ -69,11 +70,11 @@ def main() -> None:
         data = case.data()
         trained = case.trained(data)
         folder = CACHE / case.name
-        if not arguments.keep:
+        if not (arguments.keep or arguments.report):
             shutil.rmtree(folder / "results", ignore_errors=True)
         case.write(folder, data, trained)
         judgings[case.name] = case.judge(case, data, trained[0], folder / "truth")
-    for library, python in pythons.items():
+    for library, python in [] if arguments.report else pythons.items():
         print(f"Scores of {library} ...", flush=True)
         command = [python, HERE / "adapter.py", library, *(CACHE / case.name for case in chosen)]
         command += ["--strengths", *map(str, STRENGTHS), "--limit", str(LIMIT)]
@@ -91,7 +92,7 @@ def main() -> None:
     for case in chosen:
         print("\n".join(report.table(found[case.name])))
     if not arguments.only:
-        seconds = time.monotonic() - start
+        seconds = None if arguments.report else time.monotonic() - start
         report.write(ROOT, list(CASES), judgings, found, used, STRENGTHS, seconds)
 
 

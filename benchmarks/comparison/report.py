@@ -235,19 +235,19 @@ def write(
     found: Mapping[str, Sequence[Result]],
     versions: Mapping[str, str],
     strengths: Sequence[float],
-    seconds: float,
+    seconds: float | None,
 ) -> None:
     """``docs/benchmarks.md`` with its picture, and the short form in ``README.md``."""
     picture(root / "docs" / "images" / PICTURE, cases, found)
     summary = short(cases, found)
+    took = ", from what an earlier run measured" if seconds is None else f" in {seconds / 60:.0f} minutes"
     load = os.getloadavg()[2]
     grid = ", ".join(f"{strength:g}" for strength in sorted(strengths))
     lines = [
         "# Benchmarks",
         "",
         "How well scores predict retraining, beside other libraries, in what time and memory. Written by "
-        f"`make bench` (`python benchmarks/comparison/compare.py`) in {seconds / 60:.0f} minutes; no figure is "
-        "entered by hand.",
+        f"`make bench` (`python benchmarks/comparison/compare.py`){took}; no figure is entered by hand.",
         "",
         f"![Accuracy against time of every method on every problem](images/{PICTURE})",
         "",
@@ -259,8 +259,8 @@ def write(
         "",
         "- Versions: " + "; ".join(versions.values()) + f"; Python {platform.python_version()}, "
         f"{platform.machine()}, one thread, float32. Each library runs in an environment of its own.",
-        f"- The machine has {os.cpu_count()} cores; {load:.1f} processes were running on average while this was "
-        "measured, so that times are to be compared with each other only.",
+        f"- The machine has {os.cpu_count()} cores; on average {load:.0f} processes wanted to run while this "
+        "was measured, so that times are to be compared with each other only.",
         f"- Every method is judged at its best λ of {grid}, in units of the curvature of the mean loss; where "
         "a library sums over samples or divides by the number of parameters, λ is converted.",
         "- Each method runs in a process of its own, once to warm up and once for each λ. Times are those of "

@@ -68,6 +68,7 @@ METHODS = {
     "arnoldi, gauss_newton": composition(solver={"name": "arnoldi", "rank": 50}, source="gauss_newton"),
     "lissa, gauss_newton": composition(solver={"name": "lissa", "scale": "auto"}, source="gauss_newton"),
     "ekfac": composition(solver="ekfac"),
+    "ekfac, exact expectations": composition(solver={"name": "ekfac", "samples": "exact"}),
     "kfac": composition(solver="kfac"),
     "direct, gauss_newton, 5 nets": ensemble(solver="direct", source="gauss_newton"),
     "ekfac, 5 nets": ensemble(solver="ekfac"),
