@@ -31,11 +31,12 @@ lint: $(VENV)/.installed  ## Check style, format and types
 docs: $(VENV)/.installed  ## Build the documentation into site/
 	$(VENV)/bin/mkdocs build --strict --quiet
 
-bench: $(BENCH)/.installed  ## Measure against other libraries, in an environment of their own
+bench: $(BENCH)/.installed  ## Measure against other libraries, each in an environment of its own
+	$(BENCH)/bin/python benchmarks/comparison/compare.py
 	$(BENCH)/bin/python benchmarks/run.py
 
 clean:  ## Remove the environments, built documentation and caches
-	rm -rf $(VENV) $(BENCH) site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) .venv-peers benchmarks/comparison/cache site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Makes the environment $(1) unless it is there. The pip that comes with Python may be too old for

@@ -12,10 +12,12 @@ A positive score means that up-weighting the training point lowers the test loss
 training points changes the test loss by about +score/n.
 """
 
+from influence_framework import evaluation
 from influence_framework.attribution import Output, Scored, attribute
 from influence_framework.bounds import BoundedScores
 from influence_framework.bridges import from_scipy, to_scipy
 from influence_framework.compose import compose
+from influence_framework.ensembles import EnsembleModel, ensemble
 from influence_framework.errors import (
     ConvergenceError,
     ConvergenceWarning,
@@ -111,6 +113,7 @@ __all__ = [
     "DenseOperator",
     "Diagonal",
     "DistributedError",
+    "EnsembleModel",
     "Executor",
     "HessianSource",
     "IndefiniteOperatorWarning",
@@ -172,6 +175,8 @@ __all__ = [
     "attribute",
     "compose",
     "default_registry",
+    "ensemble",
+    "evaluation",
     "executors",
     "from_scipy",
     "hessian_sources",
