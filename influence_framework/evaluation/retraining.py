@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
-from influence_framework.attribution.fingerprints import Digest, fingerprint
+from influence_framework.attribution.fingerprints import Digest
 from influence_framework.checks import model_state
 from influence_framework.data import Batch, map_leaves, random_state_kept, split
 from influence_framework.errors import InvalidInputError
 from influence_framework.evaluation.recipes import ConvexFit, Recipe, StackedRecipe
+from influence_framework.fingerprints import fingerprint
 from influence_framework.memory import is_out_of_memory
 from influence_framework.objective import Loss, Objective, SupervisedObjective
 from influence_framework.problem import Problem
