@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
@@ -12,10 +12,9 @@ from typing import Any, Self
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from influence_framework.calling import as_function
 from influence_framework.checks import check_leaves, check_model
 from influence_framework.data import (
     Batch,
@@ -36,10 +35,10 @@ from influence_framework.data import (
 )
 from influence_framework.derivatives import has_second_derivatives
 from influence_framework.errors import InvalidInputError, NonFiniteError
-from influence_framework.memory import is_out_of_memory
 from influence_framework.objective import Checking, Loss, Objective, Preparing, SupervisedObjective
 from influence_framework.parameters import ParameterSpace
 from influence_framework.processes import Processes
+from influence_framework.trials import check_one_sample_at_a_time, saved_by_autograd
 
 DEFAULT_MEMORY_BUDGET = 256 * 2**20
 """Bytes that caches and intermediate results may take beside the model, the data and the results."""
@@ -49,10 +48,6 @@ TRIAL = 32
 
 TRIAL_FLOPS = 2**29
 """... unless a forward pass over them takes more than this: then fewer, but at least four."""
-
-
-CHECKPOINTED = "gradient_checkpointing"
-"""The attribute by which modules of ``transformers`` say that they checkpoint."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,19 +246,32 @@ class Problem:
     def _tried(self, batch: Batch) -> Self:
         """What the first samples tell: that each is on its own, what one costs, and which derivatives exist."""
         pair = take(batch, slice(0, 2))
-        flops = self._forward_flops(pair) // self.objective.size(pair)
+        with torch.no_grad(), random_state_kept(), FlopCounterMode(display=False) as counter:
+            self.outputs({}, pair)
+        flops = int(counter.get_total_flops()) // self.objective.size(pair)
         batch = take(batch, slice(0, max(4, TRIAL_FLOPS // max(1, flops))))
         size = self.objective.size(batch)
-        kept, precision = self._activations(batch)
+        leaves = self.parameters.leaves(self.model)
+        saved = saved_by_autograd(lambda: self.mean_loss(leaves, batch), self.model)
+        kept, precision = saved or (32 * nbytes(batch), self.precision)
         tried = replace(
             self,
             example=map_leaves(torch.clone, batch),
-            precision=precision,
+            precision=max(precision, self.precision),
             sample_bytes=kept // size + 1,
             sample_flops=flops,
         )
         tried._check_one_sample_at_a_time(batch)
-        return replace(tried, twice_differentiable=tried._has_second_derivatives())
+        with torch.enable_grad(), random_state_kept():
+            outputs = tried.outputs(leaves, pair)
+            losses = tried.objective.sample_losses(outputs, pair)
+        twice = has_second_derivatives(outputs, losses, list(leaves.values()), tried.precision)
+        return replace(tried, twice_differentiable=twice)
+
+    def _check_one_sample_at_a_time(self, batch: Batch) -> None:
+        size = self.objective.size(batch)
+        with torch.no_grad(), random_state_kept():
+            check_one_sample_at_a_time(lambda part: self.outputs({}, take(batch, part)), size, self.precision)
 
     def validated(self, batch: Batch, what: str) -> Self:
         """Check one batch; return the problem with what was learnt about the loss.
@@ -307,68 +315,6 @@ class Problem:
         if not torch.isfinite(loss):
             raise NonFiniteError(f"The loss is {loss.item()} on the {what}.")
         return replace(self, objective=objective)
-
-    def _check_one_sample_at_a_time(self, batch: Batch) -> None:
-        """Raise unless a sample's output depends on that sample alone."""
-        size = self.objective.size(batch)
-        with torch.no_grad(), random_state_kept():
-            once, again = self.outputs({}, batch), self.outputs({}, batch)
-            alone = self.outputs({}, take(batch, slice(0, 1)))
-            rest = self.outputs({}, take(batch, slice(size // 2, size)))
-        # Far above rounding, which differs with the size of the batch.
-        tolerance = self.precision**0.5 * once.abs().max()
-        if (once - again).abs().max() > tolerance:
-            raise InvalidInputError(
-                "Two forward passes over the same batch gave different outputs: the model draws random "
-                "numbers. Call model.eval(), and switch off functional dropout."
-            )
-        if alone.shape != once[:1].shape:
-            raise InvalidInputError(
-                f"The model returned shape {tuple(once.shape)} for a batch and {tuple(alone.shape)} for its "
-                "first sample alone: it must keep the first dimension. Use squeeze(-1), not squeeze()."
-            )
-        # A recurrent layer that takes samples for time steps leaves the first sample alone.
-        if (once[:1] - alone).abs().max() > tolerance or (once[size // 2 :] - rest).abs().max() > tolerance:
-            raise InvalidInputError(
-                "The output for a sample differs with the other samples of its batch, so no sample has a loss "
-                "of its own: use running statistics, batch_first=True in recurrent layers and attention, or "
-                "whatever else keeps samples apart."
-            )
-
-    def _activations(self, batch: Batch) -> tuple[int, float]:
-        """Bytes that autograd keeps of a forward pass, parameters left out; the coarsest eps of it."""
-        seen: dict[int, int] = {}
-        precisions = {self.precision}
-
-        def note(tensor: Tensor) -> Tensor:
-            seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-            if tensor.is_floating_point():
-                precisions.add(torch.finfo(tensor.dtype).eps)
-            return tensor
-
-        parameters = self.parameters.leaves(self.model)
-        try:
-            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-                self.mean_loss(parameters, batch)
-        except RuntimeError as error:  # torch.func inside the model does not allow these hooks
-            if is_out_of_memory(error):
-                raise
-            return 32 * nbytes(batch), self.precision
-        for tensor in self.model.parameters():
-            seen.pop(tensor.data_ptr(), None)
-        return sum(seen.values()), max(precisions)
-
-    def _forward_flops(self, batch: Batch) -> int:
-        with torch.no_grad(), random_state_kept(), FlopCounterMode(display=False) as counter:
-            self.outputs({}, batch)
-        return int(counter.get_total_flops())
-
-    def _has_second_derivatives(self) -> bool:
-        leaves = list((named := self.parameters.leaves(self.model)).values())
-        with torch.enable_grad(), random_state_kept():
-            outputs = self.outputs(named, pair := take(self.example, slice(0, 2)))
-            losses = self.objective.sample_losses(outputs, pair)
-        return has_second_derivatives(outputs, losses, leaves, self.precision)
 
     def require_second_derivatives(self) -> None:
         """Raise :class:`InvalidInputError` where gradients of the model cannot be differentiated again."""
@@ -477,22 +423,7 @@ class Problem:
 
     def forward(self, parameters: Mapping[str, Tensor]) -> Callable[..., Any]:
         """The model as a function of its inputs, with these parameters in place of its own."""
-        merged = {name: p.detach() for name, p in self.model.named_parameters()} | dict(parameters)
-        # Copies, for the modules that write to their buffers.
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
-        cudnn = torch.backends.cudnn.enabled and not recurrent
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            # Neither the fused attention kernels nor cuDNN's recurrent ones have a second derivative.
-            with (
-                sdpa_kernel(SDPBackend.MATH),
-                torch.backends.cudnn.flags(enabled=cudnn),
-                _activations_kept(self.model),
-            ):
-                return functional_call(self.model, {**buffers, **merged}, args, kwargs)
-
-        return call
+        return as_function(self.model, parameters)
 
     def outputs(self, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """Model outputs ``(n, …)``."""
@@ -505,22 +436,6 @@ class Problem:
     def sample_losses(self, parameters: Mapping[str, Tensor], batch: Batch) -> Float[Tensor, " n"]:
         """``ℓ_i`` of each sample of the batch."""
         return self.objective.sample_losses(self.outputs(parameters, batch), batch)
-
-
-@contextmanager
-def _activations_kept(model: nn.Module) -> Iterator[None]:
-    """Switch off the checkpointing of ``transformers`` meanwhile.
-
-    It computes activations again in the backward pass, where these parameters are no longer in place.
-    """
-    checkpointed = [m for m in model.modules() if m.training and getattr(m, CHECKPOINTED, False)]
-    for module in checkpointed:
-        setattr(module, CHECKPOINTED, False)
-    try:
-        yield
-    finally:
-        for module in checkpointed:
-            setattr(module, CHECKPOINTED, True)
 
 
 def _settled(objective: Objective) -> Objective:

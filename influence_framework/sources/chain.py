@@ -29,7 +29,7 @@ from influence_framework.layers import Cover, Layer, Tape, record
 from influence_framework.layers.forms import LinearForm
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
-from influence_framework.sources.linearization import Curve, Linearization, Product
+from influence_framework.sources.linearization import Curve, Linearization, Product, Workspace
 
 
 def plain_layers(covered: Cover) -> dict[str, Layer] | None:
@@ -134,64 +134,73 @@ class ChainLinearization(Linearization):
         ]
         return cls(links, head, parameters)
 
-    def apply(self, rows: Float[Tensor, "k P"]) -> Float[Tensor, "k P"]:
+    def apply(self, rows: Float[Tensor, "k P"], workspace: Workspace) -> Float[Tensor, "k P"]:
         """All products are of two matrices, with the ``k`` rows beside the features or beside the samples."""
         changes = self.parameters.unflatten_rows(rows)
-        of_outputs, of_inputs = self._forward(changes)
+        of_outputs, of_inputs = self._forward(changes, workspace)
         (back,) = self.head([of_outputs[-1].transpose(0, 1)])
+        result = workspace.empty("result", rows, *rows.shape)
         if back is None:
-            return torch.zeros_like(rows)
-        result = torch.empty_like(rows)
+            return result.zero_()
         parts = self.parameters.unflatten_rows(result)
         flow = back.transpose(0, 1).contiguous()
         for index in reversed(range(len(self.links))):
             link = self.links[index]
             self._gradients(link, flow, of_inputs[index], parts)
             if link.slope is not None:
-                flow = self._backward(link, flow, of_outputs[index - 1], changes)
+                flow = self._backward(link, flow, of_outputs[index - 1], changes, workspace, f"flow {index}")
         return result
 
     def _forward(
-        self, changes: Sequence[Tensor]
+        self, changes: Sequence[Tensor], workspace: Workspace
     ) -> tuple[list[Float[Tensor, "n k _o"]], list[Float[Tensor, "n k _i"] | None]]:
         """``ṡ`` and ``ȧ`` of every layer."""
         of_outputs: list[Tensor] = []
         of_inputs: list[Tensor | None] = []
-        for link in self.links:
+        for index, link in enumerate(self.links):
             out, width = link.weight.shape
-            moved = None if link.slope is None else of_outputs[-1] * link.slope[:, None]
+            samples, count = len(link.inputs), len(changes[0])
+            moved = None
+            if link.slope is not None:
+                moved = workspace.empty(f"inputs {index}", link.inputs, samples, count, width)
+                torch.mul(of_outputs[-1], link.slope[:, None], out=moved)
+            own = workspace.empty(f"outputs {index}", link.inputs, samples, count * out)
             change = {local: changes[place] for local, place in link.places.items()}
-            count = len(next(iter(change.values())))
             if "weight" not in change:
-                own = change["bias"].expand(len(link.inputs), -1, -1).contiguous()
-            elif "bias" in change:
-                own = torch.addmm(
-                    change["bias"].reshape(-1), link.inputs, change["weight"].reshape(-1, width).T
-                )
+                own.copy_(change["bias"].reshape(1, -1).expand_as(own))
             else:
-                own = link.inputs @ change["weight"].reshape(-1, width).T
+                torch.mm(link.inputs, change["weight"].reshape(-1, width).T, out=own)
+                if "bias" in change:
+                    own += change["bias"].reshape(-1)
             if moved is not None:
                 own.view(-1, out).addmm_(moved.view(-1, width), link.weight.T)
-            of_outputs.append(own.view(-1, count, out))
+            of_outputs.append(own.view(samples, count, out))
             of_inputs.append(moved)
         return of_outputs, of_inputs
 
     @staticmethod
     def _backward(
-        link: Link, flow: Float[Tensor, "n k o"], before: Float[Tensor, "n k i"], changes: Sequence[Tensor]
+        link: Link,
+        flow: Float[Tensor, "n k o"],
+        before: Float[Tensor, "n k i"],
+        changes: Sequence[Tensor],
+        workspace: Workspace,
+        name: str,
     ) -> Float[Tensor, "n k i"]:
         """``δ̇`` of the layer before ``link`` from that of ``link``; ``before`` is the former's ``ṡ``."""
         out, width = link.weight.shape
         assert link.slope is not None
-        change = changes[link.places["weight"]] if "weight" in link.places else None
-        if link.gradient is None or change is None:
-            arrived = flow.reshape(-1, out) @ link.weight
+        arrived = workspace.empty(name, before, *before.shape)
+        rows = arrived.view(-1, width)
+        if link.gradient is None or "weight" not in link.places:
+            torch.mm(flow.reshape(-1, out), link.weight, out=rows)
         else:
             # The rows beside the features: one product for all of them.
-            arrived = (link.gradient @ change.transpose(0, 1).reshape(out, -1)).view(-1, width)
-            arrived.addmm_(flow.reshape(-1, out), link.weight)
-        result = arrived.view(before.shape).mul_(link.slope[:, None])
-        return result if link.bend is None else result.addcmul_(link.bend[:, None], before)
+            change = changes[link.places["weight"]].transpose(0, 1).reshape(out, -1)
+            torch.mm(link.gradient, change, out=arrived.view(len(arrived), -1))
+            rows.addmm_(flow.reshape(-1, out), link.weight)
+        arrived.mul_(link.slope[:, None])
+        return arrived if link.bend is None else arrived.addcmul_(link.bend[:, None], before)
 
     @staticmethod
     def _gradients(

@@ -12,7 +12,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence_framework.data import Batch
-from influence_framework.derivatives import rows_at_once
 from influence_framework.errors import NonFiniteError
 from influence_framework.layers import Cover, Layer, LayerBatch, Rows, Samples, cover, layer_batches
 from influence_framework.operators import Operator, dense_by_columns
@@ -134,7 +133,7 @@ class StreamingOperator(Operator):
         """The part of the product that the batches of ``problem`` make up."""
         product = torch.zeros_like(rows)
         for linearization, size in self._linearizations():
-            add_batch(product, linearization, rows, size / problem.size, problem.memory_budget)
+            linearization.add(product, rows, size / problem.size, problem.memory_budget)
         return [product]
 
     def to_dense(self) -> Float[Tensor, "P P"]:
@@ -185,20 +184,6 @@ class StreamingOperator(Operator):
             yield MinibatchOperator(self, batch, self.problem.count(size))
 
 
-def add_batch(
-    product: Float[Tensor, "k P"],
-    linearization: Linearization,
-    rows: Float[Tensor, "k P"],
-    weight: float,
-    budget: int,
-) -> None:
-    """Add ``weight · C_b · rows`` to ``product``, as many rows at a time as pays."""
-    step = rows_at_once(rows.device, linearization.row_bytes, budget)
-    for start in range(0, rows.shape[0], step):
-        part = slice(start, start + step)
-        product[part].add_(linearization.apply(rows[part]), alpha=weight)
-
-
 @dataclass(frozen=True, eq=False)
 class MinibatchOperator(Operator):
     """The curvature ``C_b`` of one mini-batch's mean loss.
@@ -235,5 +220,5 @@ class MinibatchOperator(Operator):
         product = torch.zeros_like(rows)
         linearization = self.whole.linearize(self.batch)
         own = problem.objective.size(self.batch)
-        add_batch(product, linearization, rows, own / self.size, problem.memory_budget)
+        linearization.add(product, rows, own / self.size, problem.memory_budget)
         return [product]
