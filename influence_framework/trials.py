@@ -46,7 +46,7 @@ def check_one_sample_at_a_time(outputs: Callable[[slice], Tensor], size: int, pr
 
 
 def saved_by_autograd(work: Callable[[], object], model: nn.Module) -> tuple[int, float] | None:
-    """Bytes that autograd keeps of ``work``, parameters of ``model`` left out, and the coarsest ``eps`` of them.
+    """Bytes that autograd keeps of ``work``, parameters of ``model`` left out, and the coarsest ``eps`` there.
 
     ``None`` where it cannot be told.
     """
