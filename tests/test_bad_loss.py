@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("as_user")
 WEIGHTS = torch.tensor([1.0, 5.0], dtype=torch.float64)
 NEITHER = r"neither the mean \(.*\) nor the sum .* batch size\. Class weights .* reduction='sum'"
 LOSSES: dict[str, tuple[Action, str]] = {
-    "not callable": (fit(loss="mse"), r"callable as loss\(output, target\), got str"),
+    "not callable": (fit(loss=3), r"callable as loss\(output, target\), got int"),
     "reduction none": (
         fit(loss=nn.CrossEntropyLoss(reduction="none")),
         r"CrossEntropyLoss\(reduction='none'\) .* use reduction='mean' or reduction='sum'",

@@ -17,6 +17,9 @@ from tests import reference
 from tests.cases import Case, Instance
 from tests.reference import Loss, Sample
 
+LEFT_OUT = "ignore:.*left out directions of no curvature:influence_framework.ConvergenceWarning"
+"""For tests of what comes of λ = 0 on singular curvature."""
+
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

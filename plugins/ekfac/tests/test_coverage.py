@@ -198,6 +198,7 @@ def test_an_operator_without_layers_is_refused() -> None:
         solver.fit(inf.DenseOperator(torch.eye(3)), 0.1)
 
 
+@pytest.mark.filterwarnings(dense.LEFT_OUT)
 @pytest.mark.parametrize("uncovered", ["diagonal", "identity"])
 def test_without_regularisation_null_directions_are_left_out(uncovered: str) -> None:
     instance, test = dense.made(Case(nets.Unused))
@@ -208,6 +209,7 @@ def test_without_regularisation_null_directions_are_left_out(uncovered: str) -> 
     assert factors[:, 2:].any()
 
 
+@pytest.mark.filterwarnings(dense.LEFT_OUT)
 def test_a_loss_with_no_curvature() -> None:
     """Then λ alone acts; without it nothing is left."""
     instance, test = dense.made(Case(lambda: nets.mlp(3, 2), nn.L1Loss(), y=normal(2)))

@@ -109,9 +109,7 @@ def test_self_influences_are_the_diagonal(name: str, score_rtol: float) -> None:
     assert_close(sum(by_layer.values(), torch.zeros(())), own, 1e-10)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*left out directions of no curvature:influence_framework.ConvergenceWarning"
-)
+@pytest.mark.filterwarnings(dense.LEFT_OUT)
 @pytest.mark.parametrize("name", NETS)
 def test_a_sweep_is_what_each_strength_gives(name: str) -> None:
     model, test, train = fitted(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, cast
 
 import jaxtyping
@@ -135,7 +136,14 @@ def test_half_precision_adds_up_many_layers() -> None:
     inverse = cast(EkfacInverse, compose(low).fit(low.data).inverses["full"])
     ((name, layer),) = inverse.layers.items()
     base = cast(inf.LayerStatistics, inverse.base)
-    ((batches, size),) = base.layer_batches(base.cover().layers, 1, torch.Generator())
+    passed: list[Any] = []
+
+    def keep(batches: Iterator[Any]) -> list[Tensor]:
+        passed.extend(batches)
+        return []
+
+    base.layer_sums(base.cover().layers, 1, torch.Generator(), keep)
+    ((batches, size),) = passed
     (batch,) = batches.values()
     once = inverse.side({name: batch}, size)
     many = dataclasses.replace(inverse, layers={str(i): layer for i in range(600)})
