@@ -123,7 +123,7 @@ def test_every_check_of_a_preconditioner_has_a_fault() -> None:
 
 
 def test_the_error_is_an_assertion_with_the_table_and_the_numbers() -> None:
-    with pytest.raises(AssertionError, match="25 of 26 checks passed") as caught:
+    with pytest.raises(AssertionError, match="26 of 27 checks passed") as caught:
         check_solver(Exact(faulty.SurplusAsZerosInverse))
     assert isinstance(caught.value, ConformanceError)
     (failure,) = caught.value.report.failures
