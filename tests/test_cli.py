@@ -361,8 +361,9 @@ class TestCommand:
 
     def test_plugins_imports_nothing_of_the_extra(self) -> None:
         code = (
+            # A plugin may bring the third of them, jinja2, itself.
             "import sys; from influence_framework.cli.main import main; main(['plugins']); "
-            "sys.exit(bool({'sklearn', 'jinja2', 'PIL'} & set(sys.modules)))"
+            "sys.exit(bool({'sklearn', 'PIL', 'influence_framework.cli.demo'} & set(sys.modules)))"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, timeout=120)
         assert done.returncode == 0, done.stderr

@@ -208,7 +208,7 @@ def test_a_folder_without_metadata_is_set_aside(name: str, survey: dict[str, Any
 def test_beside_broken_distributions_the_others_work(survey: dict[str, Any]) -> None:
     assert {"first", "last"} <= set(survey["solvers"])
     assert "thing" not in survey["solvers"]
-    assert survey["sources"] == ["empirical_fisher", "gauss_newton", "hessian"]
+    assert {"empirical_fisher", "gauss_newton", "hessian"} <= set(survey["sources"])
     assert set(survey["failures"]) == {"left_over", "unreadable", *(name.replace("-", "_") for name in BROKEN)}
     assert survey["order"] == sorted(survey["order"])
 
@@ -285,7 +285,8 @@ def test_two_distributions_that_claim_a_name_are_both_named(tmp_path: Path) -> N
     assert conflicts == [same, source]
     assert "other" in solvers
     assert "same" not in solvers
-    assert sources == ["empirical_fisher", "hessian"]
+    assert {"empirical_fisher", "hessian"} <= set(sources)
+    assert "gauss_newton" not in sources
     assert failures == []
 
 

