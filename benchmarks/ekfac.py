@@ -37,8 +37,8 @@ from influence_framework.layers.statistics import Rows
 from influence_framework.sources.empirical_fisher import (
     EmpiricalFisher,
     EmpiricalFisherOperator,
-    FisherLinearization,
     fisher_at_layers,
+    fisher_product,
 )
 
 WIDTHS = [64, 1024, 512, 10]
@@ -166,7 +166,12 @@ class PydvlFisher(EmpiricalFisher):
 
     def operator(self, problem: inf.Problem, parameters: inf.ParameterSpace) -> inf.LinearOperator:
         return EmpiricalFisherOperator(
-            problem, parameters, FisherLinearization, fisher_at_layers, pydvl_rows, self.precompute_grad
+            problem,
+            parameters,
+            fisher_product,
+            fisher_at_layers,
+            pydvl_rows,
+            keep_graphs=self.precompute_grad,
         )
 
 
