@@ -37,6 +37,15 @@ class Skip(nn.Module):
         return result
 
 
+class FaintSkip(Skip):
+    """The same, but so weak that it is easily taken for rounding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x))
+        result: Tensor = self.last(torch.tanh(self.second(hidden)) + 1e-4 * hidden)
+        return result
+
+
 class Bounded(nn.Module):
     """Elementwise for short vectors only: longer ones are scaled to norm one."""
 
@@ -170,3 +179,9 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     assert product.dtype == dtype
     # Sums over samples and layers of products, each of which was rounded a few times.
     assert_close(product, expected, 30 * torch.finfo(dtype).eps)
+
+
+def test_a_faint_connection_past_a_layer_is_seen_in_single_precision() -> None:
+    model, loss, data = _instance(FaintSkip)
+    operator = _operator("hessian", Problem.build(model.float(), loss, [(x.float(), y) for x, y in data]))
+    assert not any(_chained(operator))
