@@ -40,7 +40,7 @@ from influence_framework.protocols import (
     Solver,
     Sweepable,
 )
-from influence_framework.regularization import BlockScale, Strength
+from influence_framework.regularization import BlockScale, Strength, absolute
 from influence_framework.solving import SolveLog
 
 SOLVE_COPIES = 12
@@ -175,9 +175,10 @@ class Fitted:
         for operator in operators.values():
             require_capabilities(type(solver).__name__, operator, getattr(solver, "requires", ()))
         scales = {name: BlockScale(name, operator) for name, operator in operators.items()}
-        strengths = {name: scale.absolute(regularization[name]) for name, scale in scales.items()}
+        strengths = absolute(scales, regularization)
         taken = bool(getattr(solver, "takes_indefinite", False))
-        preflight = Preflight.of(problem, parts, source, strengths, taken=taken, probe=probe)
+        least = getattr(solver, "least_dtype", None)
+        preflight = Preflight.of(problem, parts, source, strengths, taken=taken, least_dtype=least, probe=probe)
         if isinstance(solver, JointSolver):
             inverses = solver.fit_jointly(operators, strengths)
         else:
@@ -191,12 +192,9 @@ class Fitted:
     def with_regularization(self, regularization: Mapping[str, Strength]) -> Self:
         """The same at another λ per block."""
         with random_state_kept():
-            strengths = self._absolute(regularization)
+            strengths = absolute(self.scales, regularization)
             blocks = {name: block.with_regularization(strengths[name]) for name, block in self.blocks.items()}
         return replace(self, blocks=blocks, preflight=self.preflight.at(strengths))
-
-    def _absolute(self, regularization: Mapping[str, Strength]) -> dict[str, float]:
-        return {name: scale.absolute(regularization[name]) for name, scale in self.scales.items()}
 
     @property
     def divided(self) -> bool:
@@ -258,7 +256,7 @@ class Fitted:
         if mode is InfluenceMode.Up and self.size(train) < self.size(test):
             swapped = self.sweep(train, test, mode, values, log, problems[::-1])
             return {s: {name: part.T for name, part in scores.items()} for s, scores in swapped.items()}
-        each = [self._absolute(dict.fromkeys(self.blocks, value)) for value in values]
+        each = [absolute(self.scales, dict.fromkeys(self.blocks, value)) for value in values]
         strengths = {name: [at[name] for at in each] for name in self.blocks}
         at = {name: block.at_each(strengths[name]) for name, block in self.blocks.items()}
         if mode is InfluenceMode.Up and (scorer := self.layer_scorer()) is not None:

@@ -57,7 +57,7 @@ class BlockPreflight:
     Attributes:
         parameters: Elements of the flat vector in this block.
         regularization: λ.
-        precision: ``eps`` of the dtype.
+        precision: ``eps`` of the dtype that the solver computes in.
         smallest: Smallest eigenvalue found.
         largest: Largest eigenvalue found.
         indefinite: Whether ``smallest`` is negative beyond rounding, where the operator is not known to be
@@ -151,6 +151,7 @@ class Preflight:
         regularization: Mapping[str, float],
         *,
         taken: bool = False,
+        least_dtype: torch.dtype | None = None,
         probe: bool = True,
     ) -> Self:
         """Look at the parameters and at the spectrum of each block, and warn of what cannot be meant.
@@ -167,9 +168,11 @@ class Preflight:
             source: The curvature.
             regularization: λ of each block.
             taken: Whether the solver takes negative eigenvalues of ``C + λI`` (``takes_indefinite``).
+            least_dtype: The coarsest precision in which the solver computes, whatever that of the model.
             probe: Also what takes derivatives: parameters without effect, and eigenvalues.
         """
-        precision = torch.finfo(problem.parameters.dtype).eps
+        dtype = problem.parameters.dtype
+        precision = torch.finfo(dtype if least_dtype is None else torch.promote_types(dtype, least_dtype)).eps
         blocks = {
             name: BlockPreflight(part.numel, regularization[name], precision, taken=taken)
             for name, part in parts.items()
@@ -190,7 +193,8 @@ class Preflight:
                     if set(parts[name].names) <= {*unreachable, *idle}:
                         continue  # said already; its curvature is zero
                     with suppress(NonFiniteError):  # a solver that needs products raises it in its turn
-                        operator = source.operator(few, parts[name])
+                        # All of the memory budget is this block's, so that its graphs are kept.
+                        operator = source.operator(replace(few, parameters=parts[name]), parts[name])
                         blocks[name] = _with_spectrum(blocks[name], operator, steps)
         found = cls(
             parameters=problem.parameters.numel,
@@ -290,7 +294,8 @@ def _affordable(problem: Problem, products: int) -> int:
 
 def _with_spectrum(block: BlockPreflight, operator: LinearOperator, steps: int) -> BlockPreflight:
     smallest, largest = ritz_values(operator, steps)
-    negative = smallest < -NOISE * block.precision * max(abs(smallest), abs(largest))
+    rounding = torch.finfo(operator.dtype).eps
+    negative = smallest < -NOISE * rounding * max(abs(smallest), abs(largest))
     # Asked last: some operators run the model to answer it.
     indefinite = negative and not getattr(operator, "positive_semidefinite", False)
     if indefinite:

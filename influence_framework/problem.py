@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import ceil
 from typing import Any, Self
@@ -78,6 +78,7 @@ class Problem:
         share: The same of what was for this process, to notice other contents in a later pass.
         processes: Those that the data is divided between, of which this one has a share; ``None`` where it has
             all. ``size`` counts the samples of all shares.
+        confirmed: What was found out of the model's layers for all blocks, once; see ``layers.covering``.
     """
 
     model: nn.Module
@@ -97,6 +98,7 @@ class Problem:
     fingerprint: Fingerprint
     share: Fingerprint
     processes: Processes | None = None
+    confirmed: list[Any] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
     def build(
@@ -127,7 +129,7 @@ class Problem:
         objective = loss if isinstance(loss, Objective) else SupervisedObjective(loss)
         if isinstance(objective, Preparing):
             objective = objective.prepared(model)
-        measured = {"size": 0, "batch_size": 0, "sample_bytes": 1, "sample_flops": 0}
+        measured: dict[str, Any] = {"size": 0, "batch_size": 0, "sample_bytes": 1, "sample_flops": 0}
         return cls(
             model=model,
             objective=objective,

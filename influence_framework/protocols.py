@@ -67,6 +67,16 @@ class Trace(Protocol):
 
 
 @runtime_checkable
+class JointTrace(Protocol):
+    """Capability: the traces of several operators of one source over one problem, from the same pass.
+
+    ``operators`` are by name and include the one that is asked; the traces are as of :class:`Trace`.
+    """
+
+    def traces(self, operators: Mapping[str, LinearOperator]) -> dict[str, float]: ...
+
+
+@runtime_checkable
 class Dense(Protocol):
     """Capability: the full ``(P, P)`` matrix at a cost below ``P`` products."""
 
@@ -305,6 +315,8 @@ class Solver(Protocol):
     - ``takes_indefinite``: ``True`` where negative eigenvalues of ``C + λI`` are no failure of the method: it
       solves such systems like any, or puts something positive definite in the place of ``C`` whatever that is.
       Nobody is warned of them beforehand; left out, a solver that meets them has to report it;
+    - ``least_dtype``: the coarsest precision in which it computes, whatever that of the operator: a λ that is
+      lost in the rounding of the operator's dtype may not be in this one. Left out, that of the operator;
     - ``accuracy``: the largest relative residual ``‖b − (C + λI)x‖ / ‖b‖``, for ``‖b‖ ≥ 1``, of a
       right-hand side that it calls solved, as far as the dtype allows; ``None`` where the inverse is that
       of another matrix, an approximation of ``C``. Left out, the conformance kit asks for 1e-6.

@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
 from influence_framework.errors import InvalidInputError, did_you_mean
-from influence_framework.protocols import Diagonal, LinearOperator, Trace
-
-PROBES = 64
-"""Random vectors of the estimate of a trace."""
+from influence_framework.operators import estimated_trace
+from influence_framework.protocols import Diagonal, JointTrace, LinearOperator, Trace
 
 
 @dataclass(frozen=True)
@@ -25,8 +22,8 @@ class RelativeRegularization:
     Generalization with Influence Functions", §3.1, take a tenth.
 
     The mean eigenvalue is that of the curvature, whatever the solver makes of it: exact for
-    ``gauss_newton`` of up to 64 outputs and for ``empirical_fisher``; else an estimate from 64 random
-    vectors, the same at every call.
+    ``gauss_newton`` of up to 64 outputs and for ``empirical_fisher``; else an estimate, the same at every call:
+    of ``gauss_newton`` from 512 random targets or one for every sample, of others from 64 random vectors.
 
     Attributes:
         fraction: Of the mean eigenvalue.
@@ -87,29 +84,26 @@ def per_block(regularization: Regularization, blocks: Iterable[str]) -> dict[str
     return {name: regularization[name] for name in blocks}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class BlockScale:
     """The size of one block's curvature, measured when a fraction of it is first asked for and then kept.
 
     Attributes:
         block: The block's name.
         operator: Its curvature.
-        known: What was measured of it before the model was saved.
+        measured: ``tr(C)/P`` if anybody has asked for it.
     """
 
     block: str
     operator: LinearOperator
-    known: float | None = None
-
-    @cached_property
-    def mean_eigenvalue(self) -> float:
-        """``tr(C)/P``."""
-        return mean_eigenvalue(self.operator) if self.known is None else self.known
+    measured: float | None = None
 
     @property
-    def measured(self) -> float | None:
-        """``tr(C)/P`` if anybody has asked for it."""
-        return vars(self).get("mean_eigenvalue", self.known)
+    def mean_eigenvalue(self) -> float:
+        """``tr(C)/P``."""
+        if self.measured is None:
+            self.measured = mean_eigenvalue(self.operator)
+        return self.measured
 
     def absolute(self, strength: Strength) -> float:
         """λ in the units of the curvature.
@@ -128,18 +122,30 @@ class BlockScale:
         return strength.fraction * mean
 
 
-def mean_eigenvalue(operator: LinearOperator) -> float:
-    """``tr(C)/P``: exact where the operator offers it, else by Hutchinson's estimate from seeded signs.
+def absolute(scales: Mapping[str, BlockScale], regularization: Mapping[str, Strength]) -> dict[str, float]:
+    """λ of every block in the units of its curvature; what has to be measured is measured together.
 
-    Hutchinson (1990), "A Stochastic Estimator of the Trace of the Influence Matrix for Laplacian
-    Smoothing Splines". Its standard error is at most ``√2·‖C‖_F/8`` over ``P``.
+    Raises:
+        InvalidInputError: A fraction of a mean eigenvalue that is negative.
     """
+    unknown = {
+        name: scale.operator
+        for name, scale in scales.items()
+        if isinstance(regularization[name], RelativeRegularization) and scale.measured is None
+    }
+    for operator in unknown.values():
+        if isinstance(operator, JointTrace):
+            for name, trace in operator.traces(unknown).items():
+                scales[name].measured = trace / unknown[name].shape[0]
+        break
+    return {name: scale.absolute(regularization[name]) for name, scale in scales.items()}
+
+
+def mean_eigenvalue(operator: LinearOperator) -> float:
+    """``tr(C)/P``: exact where the operator offers it, else from :func:`estimated_trace`."""
     size = operator.shape[0]
     if isinstance(operator, Trace):
         return operator.trace() / size
     if isinstance(operator, Diagonal):
         return float(operator.diagonal().sum(dtype=torch.float64)) / size
-    generator = torch.Generator("cpu").manual_seed(0)
-    signs = torch.randint(2, (size, PROBES), generator=generator, device="cpu", dtype=torch.int8) * 2 - 1
-    probes = signs.to(operator.device, operator.dtype)
-    return float((probes * (operator @ probes)).sum(dtype=torch.float64)) / (PROBES * size)
+    return estimated_trace(operator) / size

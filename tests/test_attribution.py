@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -267,3 +268,23 @@ def test_batches_of_unlike_shapes_stay_apart() -> None:
     found = attribute(fitted, data, data).array
     expected = torch.cat([torch.cat([fitted.influences(*a, *b) for b in data], 1) for a in data])
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-9, atol=1e-12)
+
+
+def test_scores_of_a_model_in_half_precision_are_in_single_precision() -> None:
+    torch.manual_seed(0)
+    half = nets.mlp(4, 6, 3).bfloat16().eval()
+
+    def scores(dtype: torch.dtype) -> Any:
+        train, test = ([(x.bfloat16().to(dtype), y) for x, y in batches(side, 40)] for side in (TRAIN, TEST))
+        fitted = inf.compose(
+            copy.deepcopy(half).to(dtype),
+            nn.CrossEntropyLoss(),
+            solver="ekfac",
+            blocks="per_layer",
+            hessian_regularization=0.1,
+        ).fit(train)
+        return attribute(fitted, test, train).array
+
+    found, expected = scores(torch.bfloat16), scores(torch.float64)
+    assert found.dtype == np.float32
+    assert np.linalg.norm(found - expected) <= 0.1 * np.linalg.norm(expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import influence_framework as inf
-from influence_framework.layers import Cover, cover, forms, layer_batch, true_gradients
+from influence_framework.layers import Cover, cover, covering, forms, layer_batch, true_gradients
 from tests import reference
 from tests.reference import assert_close
 
@@ -102,6 +103,33 @@ def test_a_weight_used_behind_its_module_is_refused() -> None:
     assert list(covered.uncovered) == ["used.weight", "used.bias"]
     assert "other ways" in covered.uncovered["used.weight"]
     check_gradients(problem, data, covered)
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_blocks_are_covered_as_they_are_alone(behind: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found out of all layers at once where all of them hold, else block by block."""
+    torch.manual_seed(0)
+    model = (Behind() if behind else nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))).double().eval()
+    data = [(torch.randn(5, 4, dtype=torch.float64), torch.randint(3, (5,)))]
+    tried: list[int] = []
+    confirmed = covering._confirmed
+
+    def counted(problem: inf.Problem, parameters: Any, layers: Any) -> Any:
+        tried.append(len(layers))
+        return confirmed(problem, parameters, layers)
+
+    monkeypatch.setattr(covering, "_confirmed", counted)
+    problem = inf.Problem.build(model, LOSS, data)
+    names = problem.parameters.names
+    blocks = [problem.parameters.subset(part) for part in (names[:2], names[2:])]
+    found = [cover(problem, block) for block in blocks]
+    assert tried == ([2, 1, 1] if behind else [2])
+    for block, each in zip(blocks, found, strict=True):
+        alone = cover(inf.Problem.build(model, LOSS, data), block)
+        assert [layer.parts for layer in each.layers] == [layer.parts for layer in alone.layers]
+        assert each.uncovered == alone.uncovered
+        for one, other in zip(each.layers, alone.layers, strict=True):
+            assert torch.equal(one.form.places, other.form.places)
 
 
 def test_uses_add_up_and_shared_weights_are_one_layer() -> None:

@@ -491,3 +491,22 @@ def test_models_of_all_kinds_pass(name: str, budget: int) -> None:
         instance.model, instance.loss, solver="direct", hessian_regularization=0.01, memory_budget=budget
     )
     assert influence.fit(instance.data).preflight.tried == influence.preflight.samples
+
+
+def test_rounding_is_that_of_the_solver() -> None:
+    """λ is lost in bfloat16, and not in the single precision of Kronecker factors."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).bfloat16().eval()
+    data = [(torch.randn(64, 4).bfloat16(), torch.randint(3, (64,)))]
+
+    def preflight(solver: str) -> inf.BlockPreflight:
+        settings = {"solver": solver, "hessian_regularization": 1e-4}
+        fitted = inf.compose(net, nn.CrossEntropyLoss(), **settings).fit(data)
+        return fitted.preflight.blocks["full"]
+
+    block = preflight("ekfac")
+    assert block.scale is not None
+    assert not block.below
+    assert block.regularization < torch.finfo(torch.bfloat16).eps * block.scale
+    with pytest.warns(inf.PreflightWarning, match="lost in the rounding"):
+        assert preflight("jacobi").below

@@ -192,7 +192,9 @@ def points_at_once(fitted: Fitted) -> int:
 
 
 def _total(by_block: Mapping[str, Tensor]) -> Tensor:
-    return torch.stack(list(by_block.values())).sum(0)
+    """The sum over blocks, in single precision at least: half of it would lose the later ones."""
+    stacked = torch.stack(list(by_block.values()))
+    return stacked.sum(0, dtype=torch.promote_types(stacked.dtype, torch.float32))
 
 
 def _checked(fitted: Fitted, block: Block, *, outputs: bool = True) -> Iterator[Batch]:

@@ -132,7 +132,9 @@ class _Run:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return torch.empty(0, dtype=self.fitted.problem.parameters.dtype).numpy().dtype
+        # NumPy has no bfloat16, and a score of half precision would hardly have two digits.
+        dtype = torch.promote_types(self.fitted.problem.parameters.dtype, torch.float32)
+        return torch.empty(0, dtype=dtype).numpy().dtype
 
     def manifest(self) -> dict[str, Any]:
         """What the scores are of."""

@@ -42,7 +42,7 @@ def cover(problem: Problem, parameters: ParameterSpace) -> Cover:
     than samples.
     """
     layers, uncovered = _candidates(problem.model, parameters)
-    layers, refuted = _confirmed(problem, parameters, layers)
+    layers, refuted = _known(problem, layers) or _confirmed(problem, parameters, layers)
     for layer in refuted:
         for name in layer.parts.values():
             uncovered[name] = (
@@ -50,6 +50,26 @@ def cover(problem: Problem, parameters: ParameterSpace) -> Cover:
             )
     kept = tuple(layer for layer in layers if layer not in refuted)
     return Cover(kept, {name: uncovered[name] for name in parameters.names if name in uncovered})
+
+
+def _known(problem: Problem, layers: list[Layer]) -> tuple[list[Layer], list[Layer]] | None:
+    """What is known of ``layers`` from all those of the model together; ``None`` where that does not settle it.
+
+    Blocks are many: that each runs the model by itself is needed only where some layer does not hold.
+    """
+    if not problem.confirmed:
+        every, _ = _candidates(problem.model, problem.parameters)
+        found, refuted = _confirmed(problem, problem.parameters, every)
+        ways = {} if refuted else {_key(layer): layer.shared for layer in found}
+        problem.confirmed.append(ways)
+    (ways,) = problem.confirmed
+    if not all(_key(layer) in ways for layer in layers):
+        return None
+    return [replace(layer, shared=ways[_key(layer)]) for layer in layers], []
+
+
+def _key(layer: Layer) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+    return tuple(layer.modules), tuple(layer.parts.items())
 
 
 def _confirmed(

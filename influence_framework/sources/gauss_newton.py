@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -15,6 +17,7 @@ from influence_framework.derivatives import gradients_of, pull_back
 from influence_framework.errors import InvalidInputError
 from influence_framework.gradients import sample_chunks, sample_jacobians
 from influence_framework.layers import Layer, LayerBatch, Samples, Tape, fisher_rows
+from influence_framework.operators import estimated_trace
 from influence_framework.output_curvature import OutputCurvature
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
@@ -56,12 +59,24 @@ def sandwich_at_layers(
 
 
 TRACE_OUTPUTS = 64
-"""Outputs of a sample up to which the trace is exact; of more, it is taken from as many random draws."""
+"""Outputs of a sample up to which the trace is exact."""
+
+TRACE_DRAWS = 512
+"""Random targets that the trace is taken from where it is not exact, if not one for every sample."""
 
 
-def _squares(passed: Iterator[tuple[Mapping[Layer, LayerBatch], int]]) -> list[Tensor]:
-    total = sum(part.square() for batches, _ in passed for part in batches.values())
-    return [torch.tensor(total, dtype=torch.float64, device="cpu")]
+@dataclass(frozen=True)
+class Squares:
+    """``Σ_n ‖G_n‖²`` of each layer; no closure, so that it can be sent to another process."""
+
+    layers: Sequence[Layer]
+
+    def __call__(self, passed: Iterator[tuple[Mapping[Layer, LayerBatch], int]]) -> list[Tensor]:
+        totals = dict.fromkeys(self.layers, 0.0)
+        for batches, _ in passed:
+            for layer, batch in batches.items():
+                totals[layer] += batch.square()
+        return [torch.tensor(list(totals.values()), dtype=torch.float64, device="cpu")]
 
 
 class OuterProductOperator(StreamingOperator):
@@ -72,15 +87,34 @@ class OuterProductOperator(StreamingOperator):
         """The exact diagonal."""
 
     def trace(self) -> float:
-        """From inputs and output gradients of layers where they have all parameters, else from the diagonal."""
-        covered = self.cover()
-        if covered.uncovered:
-            return float(self.diagonal().sum(dtype=torch.float64))
-        generator = torch.Generator("cpu").manual_seed(0)
+        """As of :meth:`traces`."""
+        return self.traces({"alone": self})["alone"]
+
+    def traces(self, operators: Mapping[str, LinearOperator]) -> dict[str, float]:
+        """From inputs and output gradients of layers, in one pass for all operators that layers have whole.
+
+        Exact for up to 64 outputs, else from random targets. For other operators from the exact diagonal, or
+        from random vectors where the outputs are too many for it.
+        """
+        mine = cast("Mapping[str, OuterProductOperator]", operators)
         few = self.problem.outputs_of_a_sample() <= TRACE_OUTPUTS
-        samples: Samples = "exact" if few else TRACE_OUTPUTS
-        (total,) = self.layer_sums(covered.layers, samples, generator, _squares)
-        return float(total) / self.problem.size
+        covers = {name: operator.cover() for name, operator in mine.items()}
+        found = {
+            name: float(mine[name].diagonal().sum(dtype=torch.float64)) if few else estimated_trace(mine[name])
+            for name, cover in covers.items()
+            if cover.uncovered
+        }
+        layers = {name: cover.layers for name, cover in covers.items() if not cover.uncovered}
+        every = [layer for part in layers.values() for layer in part]
+        if every:
+            samples: Samples = "exact" if few else min(TRACE_OUTPUTS, -(-TRACE_DRAWS // self.problem.size))
+            generator = torch.Generator("cpu").manual_seed(0)
+            (totals,) = self.layer_sums(every, samples, generator, Squares(every))
+            squares = iter(totals.tolist())
+            found |= {
+                name: sum(islice(squares, len(part))) / self.problem.size for name, part in layers.items()
+            }
+        return found
 
 
 class GaussNewtonOperator(OuterProductOperator):

@@ -20,6 +20,14 @@ from influence_framework import DenseOperator, InvalidInputError, Operator
 from influence_framework.testing import ProductsOnly, symmetric
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+OPTIONS: list[dict[str, Any]] = [
+    *({}, {"block_size": 3}, {"backend": "arpack"}, {"krylov_dimension": 9}, {"krylov_dimension": 70})
+]
+CASES = [
+    (device, options)
+    for device in DEVICES
+    for options in (OPTIONS if device == "cpu" else [*OPTIONS, {"backend": "cupy"}])
+]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 
 
@@ -36,13 +44,8 @@ def largest(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 @DTYPES
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"block_size": 3}, {"backend": "arpack"}, {"krylov_dimension": 9}, {"krylov_dimension": 70}],
-    ids=str,
-)
+@pytest.mark.parametrize(("device", "options"), CASES, ids=str)
 def test_agrees_with_numpy_on_indefinite_matrices(
     options: dict[str, Any], seed: int, device: str, dtype: torch.dtype
 ) -> None:

@@ -86,6 +86,7 @@ class KroneckerSolver:
 
     fixed: ClassVar[bool] = True
     takes_indefinite: ClassVar[bool] = True
+    least_dtype: ClassVar[torch.dtype] = torch.float32
     accuracy: ClassVar[None] = None
     requires: ClassVar[tuple[type[Any], ...]] = (LayerStatistics,)
     default_source: ClassVar[str] = "gauss_newton"
