@@ -62,4 +62,6 @@ $(BENCH)/.installed: $(PROJECTS) benchmarks/requirements.txt constraints.txt
 	$(call environment,$(BENCH))
 	$(BENCH)/bin/python -m pip install --quiet --build-constraint constraints.txt \
 		--requirement benchmarks/requirements.txt --editable . $(EDITABLE)
+	# kronfluence asks for torchvision without using it; beside a torch for CPUs, transformers breaks on it.
+	$(BENCH)/bin/python -m pip uninstall --quiet --yes torchvision
 	@touch $@

@@ -127,10 +127,11 @@ def measured(setting: Setting, budget: int) -> Iterator[str]:
     """One row for the fit and one for all scores."""
     card = torch.cuda.get_device_name() if setting.device.type == "cuda" else "CPU"
     peak = rate(setting.device, setting.dtype, 8192 if setting.device.type == "cuda" else 1024)
+    speed = f"{peak / 1e12:.0f} TFLOP/s"
     yield (
         f"{card}; {setting.entries / 1e6:.0f} M parameters, {setting.train:,} training and "
         f"{setting.queries} queries of {setting.length} tokens, {setting.dtype}, float32 products at "
-        f"{torch.get_float32_matmul_precision()!r}; matrix products of {setting.dtype}: {peak / 1e12:.0f} TFLOP/s."
+        f"{torch.get_float32_matmul_precision()!r}; matrix products of {setting.dtype}: {speed}."
     )
     yield "| | s | peak memory, GB | Tflop needed | share of the rate |"
     yield "|---|---|---|---|---|"

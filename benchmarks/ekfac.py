@@ -11,21 +11,17 @@ these pseudo-gradients too.
 
 from __future__ import annotations
 
-import copy
-import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import problems
 import torch
+from analyzer import IN_MEMORY, Kronfluence
 from common import HEADER, quickest, relative_error, row
-from kronfluence.analyzer import Analyzer, prepare_model
-from kronfluence.arguments import FactorArguments, ScoreArguments
 from kronfluence.task import Task
 from pydvl.influence.torch import EkfacInfluence
 from timing import paired
@@ -42,7 +38,6 @@ from influence_framework.sources.empirical_fisher import (
 )
 
 WIDTHS = [64, 1024, 512, 10]
-IN_MEMORY = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
@@ -80,70 +75,12 @@ class Classification(Task):
         return self.compute_train_loss(batch, model)
 
 
-class Kronfluence:
-    """Fit and all scores with kronfluence, every stage at a batch size of its own, its files in memory."""
-
-    def __init__(self, setting: Setting, folder: str) -> None:
-        data = setting.data
-        self.train, self.test = TensorDataset(data.x, data.y), TensorDataset(data.x_test, data.y_test)
-        task = Classification()
-        self.analyzer = Analyzer(
-            "benchmark",
-            prepare_model(copy.deepcopy(setting.net), task),
-            task,
-            cpu=True,
-            log_level=logging.ERROR,
-            disable_tqdm=True,
-            output_dir=folder,
-        )
-        self.factors = FactorArguments(strategy="ekfac", use_empirical_fisher=True)
-        self.damping = ScoreArguments(damping_factor=setting.strength)
-
-    def covariances(self, size: int) -> None:
-        self.analyzer.fit_covariance_matrices(
-            "f", self.train, size, factor_args=self.factors, overwrite_output_dir=True
-        )
-
-    def bases(self) -> None:
-        self.analyzer.perform_eigendecomposition("f", self.factors, overwrite_output_dir=True)
-
-    def eigenvalues(self, size: int) -> None:
-        self.analyzer.fit_lambda_matrices(
-            "f", self.train, size, factor_args=self.factors, overwrite_output_dir=True
-        )
-
-    def scores(self, size: int) -> Tensor:
-        self.analyzer.compute_pairwise_scores(
-            "s",
-            "f",
-            self.test,
-            self.train,
-            per_device_query_batch_size=len(self.test),
-            per_device_train_batch_size=size,
-            score_args=self.damping,
-            overwrite_output_dir=True,
-        )
-        scores: Tensor = self.analyzer.load_pairwise_scores("s")["all_modules"]
-        return scores
-
-    def quickest(self, sizes: Sequence[int]) -> list[int]:
-        """The best batch size of each stage that reads the data."""
-        self.covariances(sizes[-1])
-        self.bases()
-        stages: tuple[Callable[[int], object], ...] = (self.covariances, self.eigenvalues, self.scores)
-        return [quickest(partial(partial, stage), sizes) for stage in stages]
-
-    def run(self, sizes: Sequence[int]) -> Tensor:
-        self.covariances(sizes[0])
-        self.bases()
-        self.eigenvalues(sizes[1])
-        return self.scores(sizes[2])
-
-
 def against_kronfluence(setting: Setting, sizes: Sequence[int], runs: int) -> str:
     mine = quickest(setting.by_batch(), sizes)
     with tempfile.TemporaryDirectory(dir=IN_MEMORY if IN_MEMORY.is_dir() else None) as folder:
-        peer = Kronfluence(setting, folder)
+        data = setting.data
+        points = TensorDataset(data.x, data.y), TensorDataset(data.x_test, data.y_test)
+        peer = Kronfluence(setting.net, Classification(), *points, setting.strength, folder)
         theirs = peer.quickest(sizes)
         pairing = paired(partial(setting.ours, mine), lambda: peer.run(theirs), runs)
         off = relative_error(setting.ours(mine), peer.run(theirs))

@@ -84,8 +84,20 @@ def _times(vectors: Float[Tensor, "*s g n t i"], basis: Float[Tensor, "g i j"]) 
     return vectors @ basis[:, None]
 
 
+def multiplies_halves(rows: Tensor) -> bool:
+    """Whether the device multiplies ``rows`` of half precision as they are and adds up in single precision."""
+    half = rows.dtype in (torch.float16, torch.bfloat16)
+    return half and rows.is_cuda and "dtype" in torch.ops.aten.bmm.overloads()
+
+
 def gram(rows: Float[Tensor, "g n i"]) -> Float[Tensor, "g i i"]:
-    """``Σ_n r_n r_nᵀ``: of wide rows the blocks above the diagonal only, with the others mirrored."""
+    """``Σ_n r_n r_nᵀ``: of wide rows the blocks above the diagonal only, with the others mirrored.
+
+    Rows of half precision are multiplied as they are where that is exact: a product of two of their numbers
+    has no more digits than single precision, in which they are added up.
+    """
+    if multiplies_halves(rows):
+        return torch.bmm(rows.mT, rows, out_dtype=torch.float32)
     width = rows.shape[2]
     if width < 4 * PANEL:
         return rows.mT @ rows
@@ -147,7 +159,8 @@ class Covariances:
         # Beyond these bounds squares would overflow in single precision, or vanish.
         own = compute_dtype(rows.dtype) if SMALLEST < largest < LARGEST else self.dtype
         dtype = torch.float32 if self.dtype is torch.float32 else own
-        parts = rows.to(dtype).split(ROWS, dim=1)
+        exact = dtype is torch.float32 and multiplies_halves(rows)
+        parts = (rows if exact else rows.to(dtype)).split(ROWS, dim=1)
         total = gram(parts[0]).to(self.dtype)
         for part in parts[1:]:
             total += gram(part)

@@ -229,6 +229,23 @@ def test_the_dtype_of_the_statistics() -> None:
     assert all(v.dtype is torch.float64 for v in fitted(half, {"name": "ekfac"}).eigenvalues().values())
 
 
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+@pytest.mark.parametrize("kept", [torch.float32, torch.float64])
+def test_rows_of_half_precision_add_up_in_single_precision(kept: torch.dtype, device: str) -> None:
+    base = cast(inf.LayerStatistics, fitted(linear(200, 4), {"name": "ekfac"}).base)
+    (layer,) = base.cover().layers
+    sums = Covariances(layer, "expand", kept)
+    sums.sums = [part.to(device) if part.ndim else part for part in sums.sums]
+    generator = torch.Generator().manual_seed(0)
+    shapes = (1, 1, 600, 9, 200), (1, 600, 9, 3)
+    deltas, inputs = (torch.randn(shape, generator=generator).bfloat16() for shape in shapes)
+    sums.add(LayerBatch(inputs.to(device), deltas.to(device), 3))
+    for found, rows in zip(sums.sums, (deltas[0], inputs), strict=False):
+        flat = rows.double().flatten(1, 2)
+        assert found.dtype is kept
+        assert_close(found.cpu().double(), flat.mT @ flat, 1e-5)
+
+
 class Idle(nn.Module):
     """A layer that is never applied."""
 
