@@ -76,7 +76,8 @@ class OutputCurvature(ABC):
     def draw(self, samples: int, generator: torch.Generator) -> Float[Tensor, "s n ..."]:
         """``s = samples`` random rows of mean zero with ``E Σ_s r_s r_sᵀ = H_n``: each carries ``1/√s``.
 
-        The numbers are drawn on the generator's device, whichever that of the outputs is.
+        The numbers are drawn on the generator's device, whichever that of the outputs is, and sample by sample:
+        on a CPU, a batch that is cut into pieces gets those that it would get whole.
         """
         if samples < 1:
             raise InvalidInputError(f"The number of samples must be at least 1, got {samples}.")
@@ -131,12 +132,12 @@ class Elementwise(OutputCurvature):
     def _random(self, samples: int, generator: torch.Generator) -> Tensor:
         shape = (samples, *self.outputs.shape)
         if self.family == "gaussian":
-            drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
-            return self._root(drawn.to(self.outputs))
+            # Not from randn, whose numbers depend on how many are drawn at once.
+            uniform = _uniform(shape, generator).clamp_min_(2.0**-54)
+            return self._root((math.sqrt(2) * torch.erfinv(2 * uniform - 1)).to(self.outputs))
         if self.family == "bernoulli":
             p = self.outputs.sigmoid()
-            uniform = torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)
-            targets = (uniform.to(p.device) < p).to(p.dtype)
+            targets = (_uniform(shape, generator).to(p.device) < p).to(p.dtype)
             return _ratio(self.second, p * (-self.outputs).sigmoid()).sqrt() * (p - targets)
         return super()._random(samples, generator)
 
@@ -313,8 +314,21 @@ def _unit_vectors(outputs: Float[Tensor, "n *shape"]) -> Float[Tensor, "c n *sha
 
 def _signs(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Tensor:
     """``±1`` with equal probability, of the dtype and on the device of ``like``."""
-    bits = torch.randint(2, tuple(shape), generator=generator, device=generator.device, dtype=torch.int8)
-    return (2 * bits - 1).to(like.device, like.dtype)
+    bits = torch.randint(
+        2, _sample_first(shape), generator=generator, device=generator.device, dtype=torch.int8
+    )
+    return (2 * bits - 1).transpose(0, 1).to(like.device, like.dtype)
+
+
+def _uniform(shape: Sequence[int], generator: torch.Generator) -> Float[Tensor, "s n *shape"]:
+    """From zero to one, in double precision."""
+    first = _sample_first(shape)
+    return torch.rand(first, generator=generator, dtype=torch.float64, device=generator.device).transpose(0, 1)
+
+
+def _sample_first(shape: Sequence[int]) -> tuple[int, ...]:
+    draws, size, *rest = shape
+    return (size, draws, *rest)
 
 
 def _ratio(numerator: Float[Tensor, "*shape"], denominator: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

@@ -100,7 +100,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 def tensors(folder: Path, entry: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
     """The tensors of one part, each with the order of dimensions in memory that it had."""
-    safetensors = _safetensors()
+    safetensors = safetensors_torch()
     stored = safetensors.load_file(folder / entry["file"])
     laid_out: dict[tuple[str, tuple[int, ...]], Tensor] = {}
     found = {}
@@ -145,7 +145,7 @@ def _digest(path: Path) -> str:
 
 def _write_tensors(folder: Path, named: Mapping[str, Tensor]) -> dict[str, Any]:
     """Each once, however many names it has, and in the order of dimensions in which it lies in memory."""
-    safetensors = _safetensors()
+    safetensors = safetensors_torch()
     stored: dict[str, Tensor] = {}
     places: dict[str, tuple[str, list[int]]] = {}
     first: dict[Any, str] = {}
@@ -183,7 +183,8 @@ def _synchronise(path: Path) -> None:
         os.close(descriptor)
 
 
-def _safetensors() -> Any:
+def safetensors_torch() -> Any:
+    """The module ``safetensors.torch``, which is an extra; an error that names it where it is missing."""
     try:
         import safetensors.torch
     except ModuleNotFoundError as error:

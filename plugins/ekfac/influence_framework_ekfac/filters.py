@@ -12,6 +12,7 @@ points whose gradients lie along large eigenvalues would lose a factor ``Λ/λ``
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
@@ -69,9 +70,35 @@ class Filter:
     stairs: tuple[Staircase, ...] | None
 
     @property
+    def key(self) -> Hashable:
+        """What tells it from another filter of its layer, while it is held."""
+        return id(self)
+
+    def made(self) -> Filter:
+        """Itself, as a filter that is not kept becomes by its own ``made``."""
+        return self
+
+    @property
     def area(self) -> int:
         """Entries in all steps."""
         return sum(step.values.numel() for stair in self.stairs or () for step in stair.steps)
+
+
+@dataclass(frozen=True, eq=False)
+class UnkeptFilter:
+    """A filter that is worked out wherever it is used, and never held.
+
+    Attributes:
+        make: Works it out.
+        key: What tells it from another filter of its layer.
+    """
+
+    make: Callable[[], Filter]
+    key: Hashable
+
+    def made(self) -> Filter:
+        """The filter."""
+        return self.make()
 
 
 def make_filter(dense: Float[Tensor, "g o e"], rtol: float, dtype: torch.dtype) -> Filter:

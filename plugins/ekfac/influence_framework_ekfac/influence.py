@@ -40,6 +40,9 @@ class EkfacInfluence(TorchInfluenceFunctionModel):
         score_rtol: How far a score may be off; see :class:`EkfacSolver`.
         dtype: Of covariances and eigendecompositions.
         seed: Of the drawn targets.
+        partitions: Groups that the layers are worked on in; see :class:`EkfacSolver`.
+        storage: Where eigenbases are kept; see :class:`EkfacSolver`.
+        storage_dtype: What they are rounded to there; see :class:`EkfacSolver`.
     """
 
     def __init__(
@@ -59,6 +62,9 @@ class EkfacInfluence(TorchInfluenceFunctionModel):
         score_rtol: float = 1e-4,
         dtype: torch.dtype = torch.float64,
         seed: int = 0,
+        partitions: int | Literal["auto"] = 1,
+        storage: str = "device",
+        storage_dtype: torch.dtype | None = None,
     ) -> None:
         solver = EkfacSolver(
             update_diagonal=update_diagonal,
@@ -70,6 +76,9 @@ class EkfacInfluence(TorchInfluenceFunctionModel):
             dtype=dtype,
             seed=seed,
             memory_budget=memory_budget,
+            partitions=partitions,
+            storage=storage,
+            storage_dtype=storage_dtype,
         )
         super().__init__(
             model,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Self, cast
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor
 from influence_framework.inverses import Inverse, approximation
 from influence_framework.layers import LayerBatch
 from influence_framework.protocols import LayerStatistics, LinearOperator, SavedState, Solution
-from influence_framework_ekfac.filters import Filter, make_filter
+from influence_framework_ekfac.filters import Filter, UnkeptFilter, make_filter
 from influence_framework_ekfac.scores import Sides, Unrotated, join_sides, own_scores, pair_scores, side_of
 from influence_framework_ekfac.statistics import Eigenbasis, compute_dtype
+from influence_framework_ekfac.storage import Stored
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,11 +26,11 @@ class EkfacLayer:
 
     Attributes:
         places: Positions of its entries, ``(g, o, e)``.
-        basis: Eigenbases and eigenvalues.
+        basis: Eigenbases and eigenvalues, wherever they are kept.
     """
 
     places: Int[Tensor, "g o e"]
-    basis: Eigenbasis
+    basis: Eigenbasis | Stored
 
 
 def reciprocal(
@@ -97,15 +99,17 @@ class EkfacInverse(Inverse):
 
     @property
     def spectrum(self) -> tuple[float, float] | None:
-        parts = [part for part in (*self.eigenvalues().values(), self.rest[1]) if part.numel()]
-        return (min(p.min().item() for p in parts), max(p.max().item() for p in parts)) if parts else None
+        ends = [layer.basis.extremes for layer in self.layers.values()]
+        if self.rest[1].numel():
+            ends.append((self.rest[1].min().item(), self.rest[1].max().item()))
+        return (min(low for low, _ in ends), max(high for _, high in ends)) if ends else None
 
     @property
     def singular(self) -> bool:
         if self.regularization or self.definite:
             return False
-        filters = [self._reciprocal(layer) for layer in self.layers.values()]
-        return any(bool((part == 0).any()) for part in (*filters, self._of_rest(self.dtype)))
+        filters = (self._reciprocal(layer.basis) for layer in self.layers.values())
+        return any(bool((part == 0).any()) for part in (self._of_rest(self.dtype), *filters))
 
     def eigenvalues(self) -> Mapping[str, Float[Tensor, "g o e"]]:
         """``Λ`` of every layer."""
@@ -115,9 +119,10 @@ class EkfacInverse(Inverse):
         rows = columns.T
         result = torch.zeros_like(rows)
         for layer in self.layers.values():
-            matrices = rows[:, layer.places].to(layer.basis.outputs.dtype)
-            turned = layer.basis.rotate(matrices) * self._reciprocal(layer).to(matrices)
-            result[:, layer.places] = layer.basis.rotate_back(turned).to(rows.dtype)
+            basis = layer.basis.load()
+            matrices = rows[:, layer.places].to(basis.dtype)
+            turned = basis.rotate(matrices) * self._reciprocal(basis).to(matrices)
+            result[:, layer.places] = basis.rotate_back(turned).to(rows.dtype)
         index, _ = self.rest
         if len(index):
             result[:, index] = rows[:, index] * self._of_rest(rows.dtype)
@@ -138,9 +143,7 @@ class EkfacInverse(Inverse):
         """Bases and eigenvalues of the layers, in order, and the diagonal of the rest."""
         tensors = {"rest": self.rest[1]}
         for index, layer in enumerate(self.layers.values()):
-            tensors |= {f"{index}.outputs": layer.basis.outputs, f"{index}.values": layer.basis.values}
-            if layer.basis.inputs is not None:
-                tensors[f"{index}.inputs"] = layer.basis.inputs
+            tensors |= {f"{index}.{name}": part for name, part in layer.basis.tensors().items()}
         return SavedState(tensors, {"layers": list(self.layers), "definite": self.definite})
 
     def side(self, layers: Mapping[str, LayerBatch], size: int) -> Sides:
@@ -157,7 +160,9 @@ class EkfacInverse(Inverse):
             # A batch whose forward pass skipped the layer has zero gradients there.
             present = [
                 one.layers.get(name)
-                or Unrotated(basis.outputs.new_zeros(one.size, *basis.values.shape), basis=basis)
+                or Unrotated(
+                    torch.zeros(one.size, *basis.shape, dtype=basis.dtype, device=self.device), basis=basis
+                )
                 for one in sides
             ]
             joined[name] = join_sides(present, basis)
@@ -176,20 +181,23 @@ class EkfacInverse(Inverse):
         """``g_nᵀ (C + λI)⁻¹ g_n`` of every sample, without any pair."""
         total = torch.zeros(side.size, dtype=compute_dtype(self.dtype), device=self.device)
         for name, one in side.layers.items():
-            total += own_scores(one, self._reciprocal(self.layers[name]), self.budget)
+            total += own_scores(one, self._reciprocal(self.layers[name].basis), self.budget)
         return total.to(self.dtype)
 
-    def _reciprocal(self, layer: EkfacLayer) -> Float[Tensor, "g o e"]:
-        basis = layer.basis
-        return reciprocal(basis.values, self.regularization, basis.outputs.dtype, definite=self.definite)
+    def _reciprocal(self, basis: Eigenbasis | Stored) -> Float[Tensor, "g o e"]:
+        return reciprocal(basis.values, self.regularization, basis.dtype, definite=self.definite)
 
     def _of_rest(self, dtype: torch.dtype) -> Float[Tensor, " r"]:
         return reciprocal(self.rest[1], self.regularization, dtype, definite=self.definite)
 
-    def _filter(self, name: str) -> Filter:
-        """``1/(Λ + λ)`` of a layer with its staircase, made once."""
+    def _filter(self, name: str) -> Filter | UnkeptFilter:
+        """``1/(Λ + λ)`` of a layer with its staircase, made once where its basis is at hand."""
+        if not isinstance(self.layers[name].basis, Eigenbasis):
+            return UnkeptFilter(partial(self._made, name), (self.regularization, self.definite))
         if name not in self._filters:
-            layer = self.layers[name]
-            dtype = layer.basis.outputs.dtype
-            self._filters[name] = make_filter(self._reciprocal(layer), self.score_rtol, dtype)
+            self._filters[name] = self._made(name)
         return self._filters[name]
+
+    def _made(self, name: str) -> Filter:
+        basis = self.layers[name].basis
+        return make_filter(self._reciprocal(basis), self.score_rtol, basis.dtype)

@@ -15,18 +15,20 @@ With ``δ`` and ``ā`` rotated into the eigenbasis and ``D = 1/(Λ + λ)``, a pa
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeVar
+from math import prod
+from typing import Self, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from influence_framework.layers import LayerBatch, contract_positions
-from influence_framework_ekfac.filters import Filter, Staircase, Step
-from influence_framework_ekfac.statistics import Eigenbasis
+from influence_framework_ekfac.filters import Filter, Staircase, Step, UnkeptFilter
+from influence_framework_ekfac.statistics import Eigenbasis, widened
+from influence_framework_ekfac.storage import Stored
 
 FORMED, TURNED = 24, 64
 """What it costs, in multiplications, to write an entry of a gradient; of a pair and to read it again."""
@@ -55,6 +57,10 @@ class Positions:
     def nbytes(self) -> int:
         """Memory held."""
         return self.deltas.nbytes + self.inputs.nbytes
+
+    def loaded(self) -> Positions:
+        """Itself: it needs no basis any more."""
+        return self
 
     @property
     def count(self) -> int:
@@ -101,11 +107,11 @@ class InOwnCoordinates(ABC):
     There a pair is ``⟨Q_G (D ∘ Q_Gᵀ G_m Q_A) Q_Aᵀ, G_n⟩``, so that one side alone is rotated, there and back.
 
     Attributes:
-        basis: That of the layer.
+        basis: That of the layer, wherever it is kept.
     """
 
-    basis: Eigenbasis
-    _weighted: dict[int, tuple[Filter, Tensor]] = field(default_factory=dict, repr=False)
+    basis: Eigenbasis | Stored
+    _weighted: dict[Hashable, tuple[Filter | UnkeptFilter, Tensor]] = field(default_factory=dict, repr=False)
 
     @property
     @abstractmethod
@@ -125,13 +131,18 @@ class InOwnCoordinates(ABC):
     def gradients(self) -> Float[Tensor, "n g o e"]:
         """``G`` of every sample, rotated."""
 
-    def weighted(self, spectral: Filter) -> Float[Tensor, "n goe"]:
+    def loaded(self) -> Self:
+        """The same with the basis at hand, for work that uses it several times."""
+        return replace(self, basis=self.basis.load())
+
+    def weighted(self, spectral: Filter | UnkeptFilter) -> Float[Tensor, "n goe"]:
         """``Q_G (D ∘ Q_Gᵀ G Q_A) Q_Aᵀ`` of every sample, flattened; that of the last filter is kept."""
-        held = self._weighted.get(id(spectral))
+        held = self._weighted.get(spectral.key)
         if held is None:
-            turned = self.basis.rotate_back(self.gradients() * spectral.dense).flatten(1)
+            here = self.loaded()
+            turned = here.basis.load().rotate_back(here.gradients() * spectral.made().dense).flatten(1)
             self._weighted.clear()
-            held = self._weighted[id(spectral)] = (spectral, turned)
+            held = self._weighted[spectral.key] = (spectral, turned)
         return held[1]
 
 
@@ -161,7 +172,7 @@ class Unrotated(InOwnCoordinates):
         return self.matrices
 
     def gradients(self) -> Float[Tensor, "n g o e"]:
-        return self.basis.rotate(self.matrices)
+        return self.basis.load().rotate(self.matrices)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +191,7 @@ class Unformed(InOwnCoordinates):
 
     @property
     def nbytes(self) -> int:
-        entries = self.size * self.basis.values.numel()
+        entries = self.size * prod(self.basis.shape)
         return self.positions.nbytes + entries * self.positions.deltas.element_size()
 
     def part(self, part: slice) -> Unformed:
@@ -192,7 +203,7 @@ class Unformed(InOwnCoordinates):
 
     def gradients(self) -> Float[Tensor, "n g o e"]:
         held = self.positions
-        return self.basis.gradients(LayerBatch(held.inputs, held.deltas[None], held.columns))[0]
+        return self.basis.load().gradients(LayerBatch(held.inputs, held.deltas[None], held.columns))[0]
 
 
 Side = Positions | Unrotated | Unformed
@@ -217,23 +228,23 @@ class Sides:
         return sum(side.nbytes for side in self.layers.values())
 
 
-def side_of(basis: Eigenbasis, batch: LayerBatch) -> Side:
+def side_of(basis: Eigenbasis | Stored, batch: LayerBatch) -> Side:
     """One draw's samples: as rotated positions if a pair of them may take less than a product of gradients.
 
     Else in the layer's own coordinates, which saves rotating the training side.
     """
     positions, outputs = batch.output_gradients.shape[3:]
     entries = outputs * batch.columns
-    if positions * (outputs + (1 if batch.one_hot else batch.columns)) > entries:
-        return Unrotated(basis.widened(batch).gradients()[0], basis=basis)
     if positions**2 * (outputs + (0 if batch.one_hot else batch.columns)) <= entries:
-        turned = basis.rotated(batch)
+        turned = basis.load().rotated(batch)
         return Positions(turned.output_gradients[0], turned.inputs, batch.columns)
-    wide = basis.widened(batch)
+    wide = widened(batch, basis.dtype)
+    if positions * (outputs + (1 if batch.one_hot else batch.columns)) > entries:
+        return Unrotated(wide.gradients()[0], basis=basis)
     return Unformed(Positions(wide.output_gradients[0], wide.inputs, batch.columns), basis=basis)
 
 
-def join_sides(sides: Sequence[Side], basis: Eigenbasis) -> Side:
+def join_sides(sides: Sequence[Side], basis: Eigenbasis | Stored) -> Side:
     """Several batches as one: as positions where all have the same number of them, else as gradients."""
     rotated = [side for side in sides if isinstance(side, Positions)]
     unformed = [side.positions for side in sides if isinstance(side, Unformed)]
@@ -244,14 +255,15 @@ def join_sides(sides: Sequence[Side], basis: Eigenbasis) -> Side:
             joined = Positions(deltas, inputs, positions[0].columns)
             return joined if positions is rotated else Unformed(joined, basis=basis)
     matrices = [
-        basis.rotate_back(side.gradients()) if isinstance(side, Positions) else side.formed() for side in sides
+        basis.load().rotate_back(side.gradients()) if isinstance(side, Positions) else side.formed()
+        for side in sides
     ]
     return Unrotated(torch.cat(matrices), basis=basis)
 
 
 def own_scores(side: Side, dense: Float[Tensor, "g o e"], budget: int) -> Float[Tensor, " n"]:
     """``⟨G_n, D ∘ G_n⟩`` of every sample."""
-    dense = dense.to(_dtype(side))
+    side, dense = side.loaded(), dense.to(_dtype(side))
     if isinstance(side, Positions) and side.count == 1 and not side.one_hot:
         weighted = side.deltas[:, :, 0].square() @ dense
         return (weighted * side.inputs[:, :, 0].square()).sum((0, 2))
@@ -259,10 +271,12 @@ def own_scores(side: Side, dense: Float[Tensor, "g o e"], budget: int) -> Float[
     return torch.cat([(part.gradients().square() * dense).sum((1, 2, 3)) for part in _parts(side, step)])
 
 
-def pair_scores(test: Side, train: Side, spectral: Filter, budget: int) -> Float[Tensor, "m n"]:
+def pair_scores(test: Side, train: Side, given: Filter | UnkeptFilter, budget: int) -> Float[Tensor, "m n"]:
     """``⟨G_m, D ∘ G_n⟩`` of every pair, by the order of contraction that takes the fewest flops."""
     if not isinstance(test, Positions) and not isinstance(train, Positions):
-        return _by_own_coordinates(test, train, spectral, budget)
+        return _by_own_coordinates(test, train, given, budget)
+    spectral = given.made()
+    test, train = test.loaded(), train.loaded()
     outputs, columns = spectral.dense.shape[1:]
     pairs, size = test.size * train.size, spectral.dense.numel()
     formed = pairs * size + _forming(test, size) + _forming(train, size)
@@ -294,7 +308,7 @@ def _forming(side: Side, size: int) -> int:
 
 
 def _dtype(side: Side) -> torch.dtype:
-    return side.basis.outputs.dtype if not isinstance(side, Positions) else side.deltas.dtype
+    return side.basis.dtype if not isinstance(side, Positions) else side.deltas.dtype
 
 
 def _samples(budget: int, each: int) -> int:
@@ -308,10 +322,10 @@ def _parts(side: AnySide, step: int) -> Iterator[AnySide]:
 
 
 def _by_own_coordinates(
-    test: Unrotated | Unformed, train: Unrotated | Unformed, spectral: Filter, budget: int
+    test: Unrotated | Unformed, train: Unrotated | Unformed, given: Filter | UnkeptFilter, budget: int
 ) -> Float[Tensor, "m n"]:
-    weighted = test.weighted(spectral)
-    step = _samples(budget, 2 * spectral.dense.numel() * spectral.dense.element_size())
+    weighted = test.weighted(given)
+    step = _samples(budget, 2 * weighted.shape[1] * weighted.element_size())
     return torch.cat([weighted @ part.formed().flatten(1).T for part in _parts(train, step)], dim=1)
 
 

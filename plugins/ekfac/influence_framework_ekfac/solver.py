@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from copy import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from typing import Any, ClassVar, Generic, Literal, TypeVar, cast
 
 import torch
@@ -18,12 +17,21 @@ from influence_framework.errors import InvalidInputError, MissingCapabilityError
 from influence_framework.layers import Cover, Layer, LayerBatch, Samples
 from influence_framework.protocols import Diagonal, LayerStatistics, LinearOperator, SavedState
 from influence_framework_ekfac.inverse import EkfacInverse, EkfacLayer
+from influence_framework_ekfac.partitions import grouped
 from influence_framework_ekfac.statistics import (
     Covariances,
     Eigenbasis,
     SecondMoments,
     WeightSharing,
     compute_dtype,
+)
+from influence_framework_ekfac.storage import (
+    DEVICE,
+    HOST,
+    STORAGE_DTYPES,
+    Shelf,
+    Stored,
+    check_folder,
 )
 
 ALONE = "only"
@@ -33,13 +41,8 @@ ALONE = "only"
 Sums = TypeVar("Sums", Covariances, SecondMoments)
 """What is added up over the batches of one layer."""
 
-
-def empty(like: Mapping[Layer, Sums]) -> dict[Layer, Sums]:
-    """The same before any batch."""
-    found: dict[Layer, Sums] = {layer: copy(kept) for layer, kept in like.items()}
-    for kept in found.values():
-        kept.sums = [torch.zeros_like(part) for part in kept.sums]
-    return found
+Makers = Mapping[Layer, Callable[..., Sums]]
+"""Of each layer, what makes its sums: those of no sample, or of those given as ``sums``."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +50,18 @@ class Collect(Generic[Sums]):
     """Adds up the batches of a share of the data; no closure, so that it can be sent to another process.
 
     Attributes:
-        nothing: What sums are made of, by layer.
+        makers: What makes the sums, by layer.
         what: They are, for a bar.
         progress: Whether to show it.
     """
 
-    nothing: Mapping[Layer, Sums]
+    makers: Makers[Sums]
     what: str
     progress: bool
 
     def __call__(self, passed: Iterator[tuple[Mapping[Layer, LayerBatch], int]]) -> list[Tensor]:
         """The number of samples, then the sums of each layer."""
-        found: dict[Layer, Sums] = empty(self.nothing)
+        found: dict[Layer, Sums] = {layer: make() for layer, make in self.makers.items()}
         count = torch.zeros((), dtype=torch.float64, device="cpu")
         for batches, size in tqdm(passed, desc=self.what, unit=" batches", disable=not self.progress):
             count += size
@@ -83,6 +86,9 @@ class KroneckerSolver:
     seed: int = 0
     memory_budget: int = 256 * 2**20
     progress: bool = False
+    partitions: int | Literal["auto"] = 1
+    storage: str = DEVICE
+    storage_dtype: torch.dtype | None = None
 
     fixed: ClassVar[bool] = True
     takes_indefinite: ClassVar[bool] = True
@@ -110,6 +116,19 @@ class KroneckerSolver:
             raise InvalidInputError(f"dtype is torch.float32 or torch.float64, got {self.dtype}.")
         if self.memory_budget <= 0:
             raise InvalidInputError(f"memory_budget is a positive number of bytes, got {self.memory_budget}.")
+        if self.partitions != "auto" and not _is_whole(self.partitions, 1):
+            raise InvalidInputError(
+                f"partitions is a positive number of groups of layers, or 'auto'; got {self.partitions!r}."
+            )
+        if not isinstance(self.storage, str) or not self.storage:
+            raise InvalidInputError(f"storage is 'device', 'host' or a folder's path; got {self.storage!r}.")
+        if self.storage not in (DEVICE, HOST):
+            check_folder(self.storage)
+        if self.storage_dtype not in STORAGE_DTYPES:
+            raise InvalidInputError(
+                "storage_dtype is torch.bfloat16, torch.float32, torch.float64 or None, for no rounding; got "
+                f"{self.storage_dtype!r}."
+            )
 
     @property
     @abstractmethod
@@ -129,7 +148,7 @@ class KroneckerSolver:
     def fit_jointly(
         self, operators: Mapping[str, LinearOperator], regularizations: Mapping[str, float]
     ) -> dict[str, EkfacInverse]:
-        """Factor the layers of several operators over one problem, by two passes for all of them."""
+        """Factor the layers of several operators over one problem, by two passes for all of a partition."""
         covers = {name: self._cover(operator) for name, operator in operators.items()}
         layers = [layer for cover in covers.values() for layer in cover.layers]
         first = next(iter(operators.values()))
@@ -157,10 +176,11 @@ class KroneckerSolver:
                 f"The layers in matrix form are {list(places)} here and were {names} at the fit: register the "
                 "same forms of layers (register_layer), or fit again."
             )
-        bases = [
-            Eigenbasis(tensors[f"{i}.outputs"], tensors.get(f"{i}.inputs"), tensors[f"{i}.values"])
-            for i in range(len(names))
-        ]
+        work, device = compute_dtype(operator.dtype), operator.device
+        bases = []
+        for i in range(len(names)):
+            parts = tensors[f"{i}.outputs"], tensors.get(f"{i}.inputs"), tensors[f"{i}.values"]
+            bases.append(self._shelf.keep(Eigenbasis(*parts), work, self.dtype, device))
         fitted = {name: EkfacLayer(places[name], basis) for name, basis in zip(names, bases, strict=True)}
         return EkfacInverse(
             operator,
@@ -191,33 +211,60 @@ class KroneckerSolver:
             )
         return cover
 
+    @property
+    def _shelf(self) -> Shelf:
+        return Shelf(self.storage, self.storage_dtype)
+
     def _bases(
         self, operator: LayerStatistics, layers: Sequence[Layer], dtype: torch.dtype
-    ) -> dict[Layer, Eigenbasis]:
-        nothing = {layer: Covariances(layer, self.weight_sharing, self.dtype) for layer in layers}
-        covariances, total = self._summed(operator, nothing, "Covariances")
-        bases = {
-            layer: found.decompose(layer.name, total, dtype, layer.form.places.device)
-            for layer, found in covariances.items()
+    ) -> dict[Layer, Eigenbasis | Stored]:
+        """The bases of all layers, put away group by group: no other group's factors are held beside one's."""
+        found: dict[Layer, Eigenbasis | Stored] = {}
+        for group in grouped(layers, self.partitions, self.memory_budget, self.dtype):
+            found |= self._put_away(operator, group, dtype)
+        return found
+
+    def _put_away(
+        self, operator: LayerStatistics, layers: Sequence[Layer], dtype: torch.dtype
+    ) -> dict[Layer, Eigenbasis | Stored]:
+        return {
+            layer: self._shelf.keep(basis, dtype, self.dtype, layer.form.places.device)
+            for layer, basis in self._factored(operator, layers, dtype)
         }
-        if not self.refits:
-            return bases
-        squares = {layer: SecondMoments(basis, self.memory_budget) for layer, basis in bases.items()}
-        moments, _ = self._summed(operator, squares, "Eigenvalues")
-        return {layer: found.eigenbasis(total) for layer, found in moments.items()}
+
+    def _factored(
+        self, operator: LayerStatistics, layers: Sequence[Layer], dtype: torch.dtype
+    ) -> Iterator[tuple[Layer, Eigenbasis]]:
+        """The bases of some layers, of which those that were passed on are not held here any more."""
+        makers: Makers[Covariances] = {
+            layer: partial(Covariances, layer, self.weight_sharing, self.dtype) for layer in layers
+        }
+        covariances, total = self._summed(operator, makers, "Covariances")
+        bases = {
+            layer: covariances.pop(layer).decompose(layer.name, total, dtype, layer.form.places.device)
+            for layer in layers
+        }
+        if self.refits:
+            squares: Makers[SecondMoments] = {
+                layer: partial(SecondMoments, basis, self.memory_budget) for layer, basis in bases.items()
+            }
+            moments, _ = self._summed(operator, squares, "Eigenvalues")
+            del squares
+            bases = {layer: moments.pop(layer).eigenbasis(total) for layer in layers}
+        for layer in layers:
+            yield layer, bases.pop(layer)
 
     def _summed(
-        self, operator: LayerStatistics, nothing: Mapping[Layer, Sums], what: str
+        self, operator: LayerStatistics, makers: Makers[Sums], what: str
     ) -> tuple[dict[Layer, Sums], int]:
-        """Sums over the data of every layer, from ``nothing`` yet, and the number of samples."""
-        # Both passes see the same draws.
+        """Sums over the data of every layer, and the number of samples."""
+        # All passes see the same draws.
         generator = torch.Generator("cpu").manual_seed(self.seed)
-        collect = Collect(nothing, what, self.progress)
-        count, *sums = operator.layer_sums(list(nothing), self.samples, generator, collect)
-        rest = iter(sums)
-        totals = empty(nothing)
-        for kept in totals.values():
-            kept.sums = list(islice(rest, len(kept.sums)))
+        collect = Collect(makers, what, self.progress)
+        count, *sums = operator.layer_sums(list(makers), self.samples, generator, collect)
+        parts = len(sums) // len(makers) if makers else 0
+        each = (sums[start : start + parts] for start in range(0, len(sums), max(1, parts)))
+        totals = {layer: make(sums=own) for (layer, make), own in zip(makers.items(), each, strict=True)}
         return totals, int(count)
 
     def _rest(
@@ -277,6 +324,14 @@ class EkfacSolver(KroneckerSolver):
         seed: Of the drawn targets.
         memory_budget: Bytes for intermediate results.
         progress: Show a bar for each pass.
+        partitions: Groups that the layers are worked on in, one after the other, at most one a layer: each has
+            its own passes over the data, and only its covariances are held meanwhile. ``"auto"``: as few as
+            keep those of a group within ``memory_budget``. The result is the same, whatever their number.
+        storage: Where eigenbases are kept: ``"device"``, with the model; ``"host"``, in the memory of the
+            host; or a folder, in files that are mapped and that are removed with the fitted model. Those of one
+            layer at a time are brought to the device where they are used.
+        storage_dtype: What eigenvectors and eigenvalues are rounded to where they are kept, such as
+            ``torch.bfloat16``; ``None``: not at all. Work is done in the precision that it is done in without.
         update_diagonal: Refit the eigenvalues in the eigenbasis, as above. ``False``: ``Λ = λ_G ⊗ λ_A``, which
             is K-FAC.
     """

@@ -44,9 +44,34 @@ class Eigenbasis:
     inputs: Float[Tensor, "g e e"] | None
     values: Float[Tensor, "g o e"]
 
+    def load(self) -> Eigenbasis:
+        """Itself, as a basis that is kept elsewhere becomes by its own ``load``."""
+        return self
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(g, o, e)``."""
+        groups, outputs, columns = self.values.shape
+        return groups, outputs, columns
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the eigenvectors."""
+        return self.outputs.dtype
+
+    @property
+    def extremes(self) -> tuple[float, float]:
+        """Smallest and largest of ``Λ``."""
+        return (self.values.min().item(), self.values.max().item()) if self.values.numel() else (0.0, 0.0)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it is made of, by name."""
+        found = {"outputs": self.outputs, "values": self.values}
+        return found if self.inputs is None else found | {"inputs": self.inputs}
+
     def rotated(self, batch: LayerBatch) -> LayerBatch:
         """The batch with inputs ``Q_Aᵀ ā`` and output gradients ``Q_Gᵀ δ``, in at least single precision."""
-        wide = self.widened(batch)
+        wide = widened(batch, self.dtype)
         inputs = wide.inputs if self.inputs is None else _times(wide.inputs, self.inputs)
         return LayerBatch(inputs, _times(wide.output_gradients, self.outputs), batch.columns)
 
@@ -58,13 +83,7 @@ class Eigenbasis:
         after = outputs * columns * (outputs + inside)
         if before <= after:
             return self.rotated(batch).gradients()
-        return self.rotate(self.widened(batch).gradients())
-
-    def widened(self, batch: LayerBatch) -> LayerBatch:
-        """The batch in the precision of the bases."""
-        dtype = self.outputs.dtype
-        inputs = batch.inputs if batch.one_hot else batch.inputs.to(dtype)
-        return LayerBatch(inputs, batch.output_gradients.to(dtype), batch.columns)
+        return self.rotate(widened(batch, self.dtype).gradients())
 
     def rotate(self, matrices: Float[Tensor, "*k g o e"]) -> Float[Tensor, "*k g o e"]:
         """``Q_Gᵀ M Q_A``."""
@@ -75,6 +94,12 @@ class Eigenbasis:
         """``Q_G M Q_Aᵀ``."""
         turned = self.outputs @ matrices
         return turned if self.inputs is None else turned @ self.inputs.mT
+
+
+def widened(batch: LayerBatch, dtype: torch.dtype) -> LayerBatch:
+    """The batch in the precision of the bases."""
+    inputs = batch.inputs if batch.one_hot else batch.inputs.to(dtype)
+    return LayerBatch(inputs, batch.output_gradients.to(dtype), batch.columns)
 
 
 def _times(vectors: Float[Tensor, "*s g n t i"], basis: Float[Tensor, "g i j"]) -> Float[Tensor, "*s g n t j"]:
@@ -121,7 +146,9 @@ class Covariances:
     Approximate Curvature for Modern Neural Network Architectures", §3.
     """
 
-    def __init__(self, layer: Layer, sharing: WeightSharing, dtype: torch.dtype) -> None:
+    def __init__(
+        self, layer: Layer, sharing: WeightSharing, dtype: torch.dtype, sums: list[Tensor] | None = None
+    ) -> None:
         self.groups, self.outputs, self.columns = layer.form.places.shape
         self.one_hot = layer.form.one_hot
         # Columns of a whole gradient are no positions that could be averaged.
@@ -129,7 +156,7 @@ class Covariances:
         self.dtype = dtype
         device = layer.form.places.device
         width = () if self.one_hot else (self.columns,)
-        self.sums = [
+        self.sums = sums or [
             torch.zeros(self.groups, self.outputs, self.outputs, dtype=dtype, device=device),
             torch.zeros(self.groups, self.columns, *width, dtype=dtype, device=device),
             torch.zeros((), dtype=torch.float64, device="cpu"),
@@ -217,10 +244,10 @@ class SecondMoments:
     Kronecker-factored Eigenbasis", §3.
     """
 
-    def __init__(self, basis: Eigenbasis, budget: int) -> None:
+    def __init__(self, basis: Eigenbasis, budget: int, sums: list[Tensor] | None = None) -> None:
         self.basis = basis
         self.budget = budget
-        self.sums = [torch.zeros_like(basis.values)]
+        self.sums = sums or [torch.zeros_like(basis.values)]
 
     def add(self, batch: LayerBatch) -> None:
         """Add one batch's squares."""

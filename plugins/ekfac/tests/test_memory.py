@@ -1,0 +1,314 @@
+"""Layers in partitions, eigenbases kept elsewhere and in lower precision: the same scores, and less memory."""
+
+from __future__ import annotations
+
+import gc
+import pickle
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from influence_framework_ekfac import EkfacInverse, EkfacSolver, KfacSolver
+from influence_framework_ekfac.partitions import factor_bytes, grouped
+from influence_framework_ekfac.statistics import Covariances, Eigenbasis, SecondMoments
+from influence_framework_ekfac.storage import Stored
+from torch import Tensor, nn
+
+import influence_framework as inf
+from influence_framework.layers import Layer
+from influence_framework.layers.forms import FORMS
+from influence_framework.testing import check_solver
+from plugins.ekfac.tests import dense
+from tests import language
+from tests.cases import CASES, Instance
+from tests.reference import assert_close
+
+STRENGTH = 1e-2
+LAYERED = ["ragged_last_batch", "conv", "embedding", "module_used_twice"]
+
+
+def compose(
+    instance: Instance, blocks: Any = "full", name: str = "ekfac", **solver: Any
+) -> inf.TorchInfluenceFunctionModel:
+    return inf.compose(
+        instance.model,
+        instance.loss,
+        solver={"name": name, "score_rtol": 0.0, **solver},
+        blocks=blocks,
+        hessian_regularization=STRENGTH,
+        preflight=False,
+    ).fit(instance.data)
+
+
+def everything(model: inf.TorchInfluenceFunctionModel, test: Any, train: Any) -> list[Tensor]:
+    """Scores of every kind, at two λ."""
+    other = model.with_regularization(3 * STRENGTH)
+    return [
+        model.influences(*test, *train),
+        model.influences(*train, *test),
+        model.self_influences(*test),
+        model.influence_factors(*test),
+        other.influences(*test, *train),
+    ]
+
+
+def assert_same(found: list[Tensor], wanted: list[Tensor], tolerance: float = 1e-12) -> None:
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert_close(mine, theirs, tolerance)
+
+
+@pytest.mark.parametrize("solver", ["ekfac", "kfac"])
+@pytest.mark.parametrize("name", LAYERED)
+def test_partitions_change_nothing(name: str, solver: str) -> None:
+    """Of drawn targets too: every pass sees the same."""
+    instance, test = dense.made(CASES[name])
+    train = instance.data[0]
+    for samples in (1, 2):
+        whole = everything(compose(instance, name=solver, samples=samples), test, train)
+        for partitions in (2, 3, 100, "auto"):
+            parts = compose(instance, name=solver, samples=samples, partitions=partitions, memory_budget=1000)
+            assert_same(everything(parts, test, train), whole)
+        by_layer = compose(instance, "per_layer", name=solver, samples=samples, partitions=2)
+        assert_same([by_layer.influences(*test, *train)], whole[:1])
+
+
+def test_partitions_of_a_language_model_change_nothing() -> None:
+    """The tied embedding, which is cut into smaller batches than the other layers, is in one of them."""
+    name = "gpt2"
+    data, test, train = (language.training(name), language.points(name, "test"), language.points(name, "train"))
+
+    def scores(**options: Any) -> Tensor:
+        model = inf.compose(
+            language.model(name),
+            language.ARCHITECTURES[name].objective,
+            solver={"name": "ekfac", **options},
+            blocks="per_layer",
+            hessian_regularization=STRENGTH,
+            preflight=False,
+        )
+        return model.fit(data).influences(test, x=train)
+
+    whole = scores()
+    for partitions in (2, 5):
+        assert_close(scores(partitions=partitions, storage="host"), whole, 1e-12)
+
+
+@pytest.mark.parametrize("name", LAYERED)
+@pytest.mark.parametrize("storage", ["device", "host", "mapped"])
+def test_storage_changes_nothing(name: str, storage: str, tmp_path: Path) -> None:
+    instance, test = dense.made(CASES[name])
+    place = str(tmp_path / "bases") if storage == "mapped" else storage
+    for rtol in (0.0, 1e-4):
+        whole = compose(instance, score_rtol=rtol)
+        kept = compose(instance, score_rtol=rtol, storage=place, partitions=2)
+        assert_same(everything(kept, test, instance.data[0]), everything(whole, test, instance.data[0]))
+        mine, theirs = (cast(EkfacInverse, model.inverses["full"]) for model in (kept, whole))
+        assert mine.spectrum == pytest.approx(theirs.spectrum, rel=1e-12)
+        assert all(isinstance(layer.basis, Stored) for layer in mine.layers.values()) is (storage != "device")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", LAYERED)
+def test_scores_of_rounded_bases_are_off_by_a_few_roundings(name: str, dtype: torch.dtype) -> None:
+    """Relative to the geometric mean of the self-influences; λ is far above ``eps²`` of the spectrum."""
+    instance, test = dense.made(CASES[name])
+    train, eps = instance.data[0], torch.finfo(dtype).eps
+    exact, rounded = compose(instance), compose(instance, storage="host", storage_dtype=dtype)
+    own = [exact.self_influences(*points).sqrt() for points in (test, train)]
+    error = (rounded.influences(*test, *train) - exact.influences(*test, *train)).abs()
+    relative = (error / torch.outer(*own)).max()
+    assert eps / 100 < relative < 8 * eps
+    inverse = cast(EkfacInverse, rounded.inverses["full"])
+    for layer in inverse.layers.values():
+        kept = cast(Stored, layer.basis)
+        assert {part.dtype for part in kept.tensors().values()} == {dtype}
+        assert {part.dtype for part in kept.load().tensors().values()} == {torch.float64}
+        assert kept.nbytes == sum(part.nbytes for part in kept.tensors().values())
+
+
+class Counter:
+    """Bytes of all factors that are alive at any one time, by watching what holds them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.most = 0
+        self.alive: weakref.WeakSet[Any] = weakref.WeakSet()
+        for kind in (Covariances, SecondMoments, Eigenbasis):
+            monkeypatch.setattr(kind, "__init__", self._noting(kind.__init__, self.alive.add))
+        for kind in (Covariances, SecondMoments):
+            monkeypatch.setattr(kind, "add", self._noting(kind.add, self._count))
+
+    def _noting(self, method: Callable[..., None], note: Callable[[Any], None]) -> Callable[..., None]:
+        def noting(thing: Any, *arguments: Any, **options: Any) -> None:
+            method(thing, *arguments, **options)
+            note(thing)
+
+        return noting
+
+    def _count(self, _: object) -> None:
+        held = {id(part): part.nbytes for thing in self.alive for part in tensors(thing)}
+        self.most = max(self.most, sum(held.values()))
+
+
+def tensors(thing: Any) -> list[Tensor]:
+    return list(thing.tensors().values()) if isinstance(thing, Eigenbasis) else thing.sums
+
+
+def stack(widths: int = 6, depth: int = 4) -> Instance:
+    """Layers that are all alike."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = [part for _ in range(depth) for part in (nn.Linear(widths, widths, bias=False), nn.Tanh())]
+        net = nn.Sequential(*layers, nn.Flatten()).double().eval()
+        x, y = torch.randn(12, widths, dtype=torch.float64), torch.arange(12) % widths
+    return Instance(net, nn.CrossEntropyLoss(), [(x[:8], y[:8]), (x[8:], y[8:])])
+
+
+def test_no_more_than_one_group_of_factors_is_held(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    instance = stack()
+    counter = Counter(monkeypatch)
+    # Vectors of both sides, the eigenvalues and the sums of their squares.
+    one = 4 * 6 * 6 * 8
+    for partitions, storage, layers in ((1, "device", 4), (2, str(tmp_path), 2), (4, str(tmp_path), 1)):
+        counter.most = 0
+        model = compose(instance, partitions=partitions, storage=storage)
+        assert counter.most == layers * one
+        del model
+
+
+def test_a_pass_puts_hooks_on_the_layers_of_its_group_alone() -> None:
+    instance = stack()
+    calls: list[int] = []
+    register = nn.Module.register_forward_hook
+
+    def noting(module: nn.Module, *arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        return register(module, *arguments, **options)
+
+    for partitions, expected in ((1, 2 * 4), (4, 2 * 4)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(nn.Module, "register_forward_hook", noting)
+            solver = EkfacSolver(partitions=partitions)
+            problem = inf.Problem.build(instance.model, instance.loss, instance.data)
+            operator = inf.hessian_sources["gauss_newton"].create().operator(problem, problem.parameters)
+            cast(inf.LayerStatistics, operator).cover()
+            calls.clear()
+            solver.fit(operator, STRENGTH)
+        assert len(calls) == expected
+
+
+def square(width: int) -> Layer:
+    places = torch.arange(width**2).view(width, width)
+    return Layer("", {"": FORMS[nn.Linear](nn.Linear(width, width, bias=False), {"weight": places})}, {})
+
+
+def test_groups_are_neighbours_and_the_largest_is_as_small_as_can_be() -> None:
+    layers = [square(width) for width in (1, 9, 2, 2, 8, 1, 5)]
+    sizes = [factor_bytes(layer, torch.float64) for layer in layers]
+    assert sizes[1] == 3 * 81 * 8
+    for partitions in range(1, 9):
+        groups = grouped(layers, partitions, 1, torch.float64)
+        assert [layer for group in groups for layer in group] == layers
+        assert len(groups) <= partitions
+        largest = max(sum(factor_bytes(layer, torch.float64) for layer in group) for group in groups)
+        assert largest == best(sizes, partitions)
+    for budget in (1, sizes[1] + sizes[0], sum(sizes)):
+        groups = grouped(layers, "auto", budget, torch.float64)
+        held = [sum(factor_bytes(layer, torch.float64) for layer in group) for group in groups]
+        assert all(size <= budget or len(group) == 1 for size, group in zip(held, groups, strict=True))
+        following = zip(held, groups[1:], strict=False)
+        assert all(size + factor_bytes(group[0], torch.float64) > budget for size, group in following)
+    assert grouped([], 3, 1, torch.float64) == []
+
+
+def best(sizes: list[int], partitions: int) -> int:
+    """By trying every cut."""
+    if partitions == 1 or len(sizes) == 1:
+        return sum(sizes)
+    cuts = (max(sum(sizes[:at]), best(sizes[at:], partitions - 1)) for at in range(1, len(sizes)))
+    return min(sum(sizes), *cuts)
+
+
+def test_files_are_removed_with_the_model(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "bases"
+    instance, test = dense.made(CASES["ragged_last_batch"])
+    model = compose(instance, storage=str(folder))
+    other = compose(instance, storage=str(folder))
+    assert len(files(folder)) == 2 * len(cast(EkfacInverse, model.inverses["full"]).layers)
+    kept = cast(Stored, next(iter(cast(EkfacInverse, model.inverses["full"]).layers.values())).basis)
+    assert kept.nbytes < min(path.stat().st_size for path in files(folder)) + kept.nbytes
+    sent = pickle.loads(pickle.dumps(kept))
+    assert torch.equal(sent.load().outputs, kept.load().outputs)
+    del sent
+    gc.collect()
+    assert kept.load().values.numel()
+    expected = other.influences(*test)
+    del model, kept
+    gc.collect()
+    assert len(files(folder)) == len(cast(EkfacInverse, other.inverses["full"]).layers)
+    assert torch.equal(other.influences(*test), expected)
+    for path in files(folder):
+        path.unlink()
+    with pytest.raises(inf.InvalidInputError, match="is gone"):
+        other.influences(*test)
+
+
+def files(folder: Path) -> list[Path]:
+    return list(folder.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("storage", ["device", "host", "mapped"])
+def test_what_is_saved_and_loaded_scores_the_same(
+    storage: str, dtype: torch.dtype | None, tmp_path: Path
+) -> None:
+    instance, test = dense.made(CASES["conv"])
+    place = str(tmp_path / "bases") if storage == "mapped" else storage
+    model = compose(instance, storage=place, storage_dtype=dtype)
+    model.save(tmp_path / "saved")
+    again = inf.load(tmp_path / "saved", instance.model, instance.loss)
+    assert torch.equal(again.influences(*test), model.influences(*test))
+    assert torch.equal(again.influence_factors(*test), model.influence_factors(*test))
+    assert again.solver == model.solver
+
+
+def test_it_can_be_moved_and_sent(tmp_path: Path) -> None:
+    instance, test = dense.made(CASES["conv"])
+    for storage in ("host", str(tmp_path)):
+        model = compose(instance, storage=storage)
+        expected = model.influences(*test)
+        assert torch.equal(model.to("cpu").influences(*test), expected)
+        inverse = cast(EkfacInverse, model.inverses["full"])
+        columns = torch.eye(inverse.shape[0], dtype=torch.float64)[:, :3]
+        sent = pickle.loads(pickle.dumps(dict(inverse.layers)))
+        for name, layer in inverse.layers.items():
+            assert torch.equal(sent[name].basis.load().outputs, layer.basis.load().outputs)
+        assert (inverse @ columns).isfinite().all()
+
+
+def test_conformance(tmp_path: Path) -> None:
+    check_solver(
+        EkfacSolver(partitions="auto", storage=str(tmp_path), storage_dtype=torch.float64, memory_budget=10_000)
+    )
+
+
+@pytest.mark.parametrize("solver", [EkfacSolver, KfacSolver])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *[("partitions", value) for value in (0, -1, 1.5, True, "all", None)],
+        *[("storage", value) for value in ("", 3, None)],
+        *[("storage_dtype", value) for value in (torch.float16, torch.int8, "bfloat16")],
+    ],
+)
+def test_wrong_options_are_refused(solver: Any, option: str, value: Any) -> None:
+    with pytest.raises((inf.InvalidInputError, TypeError), match=f"{option}"):
+        solver(**{option: value})
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(inf.InvalidInputError, match="is a file"):
+        EkfacSolver(storage=str(tmp_path / "file"))
