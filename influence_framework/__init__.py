@@ -33,6 +33,7 @@ from influence_framework.errors import (
     PluginError,
     PreflightWarning,
     SingularOperatorError,
+    SmallerBatchWarning,
     UnknownMethodError,
     UnknownOptionError,
 )
@@ -159,6 +160,7 @@ __all__ = [
     "Seq2SeqLM",
     "SequenceClassification",
     "SingularOperatorError",
+    "SmallerBatchWarning",
     "Solution",
     "SolveReport",
     "Solver",

@@ -100,6 +100,10 @@ class PreflightWarning(UserWarning):
     """Something about model, data or λ that can hardly be meant, found before the fit."""
 
 
+class SmallerBatchWarning(UserWarning):
+    """Memory ran out, and the work went on with fewer samples at a time."""
+
+
 class IndefiniteOperatorWarning(UserWarning):
     """``C + λI`` is not positive definite where the theory wants it to be."""
 

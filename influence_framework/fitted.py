@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Self
 
 import torch
@@ -13,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence_framework.checks import model_state
-from influence_framework.data import Batch, random_state_kept, split
+from influence_framework.data import Batch, random_state_kept
 from influence_framework.errors import InvalidInputError, NonFiniteError
 from influence_framework.gradients import (
     Factors,
@@ -25,6 +26,7 @@ from influence_framework.gradients import (
 )
 from influence_framework.inverses import relative_residuals
 from influence_framework.layer_scores import LayerScorer, suits
+from influence_framework.memory import in_pieces
 from influence_framework.operators import require_capabilities
 from influence_framework.parameters import Blocks
 from influence_framework.preflight import Preflight
@@ -334,8 +336,9 @@ class Fitted:
         """Per-sample gradients, as many at a time as can be solved for within the budget."""
         parameters = self.problem.parameters
         count = samples_within(self.problem, parameters, self.problem.memory_budget, copies)
-        for chunk in split(batch, self.size(batch), count):
-            yield sample_gradients(problem or self.problem, parameters, chunk)
+        work = partial(sample_gradients, problem or self.problem, parameters)
+        for _, found in in_pieces(self.problem.room, batch, self.size, count, work):
+            yield found
 
 
 @contextmanager

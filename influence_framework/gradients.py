@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from influence_framework.checks import check_differentiable
 from influence_framework.data import Batch, map_leaves, split, take
 from influence_framework.derivatives import CACHE_BYTES, PushForward, gradients_of, pull_back, rows_at_once
 from influence_framework.errors import NonFiniteError
-from influence_framework.memory import is_out_of_memory
+from influence_framework.memory import in_pieces, is_out_of_memory
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
 
@@ -22,19 +23,25 @@ from influence_framework.problem import Problem
 def samples_within(problem: Problem, parameters: ParameterSpace, budget: int, copies: int) -> int:
     """How many samples' activations and ``copies`` gradients each take ``budget`` bytes; at least one."""
     element = torch.empty(0, dtype=parameters.dtype).element_size()
-    return max(1, budget // (copies * parameters.numel * element + 4 * problem.sample_bytes))
+    count = max(1, budget // (copies * parameters.numel * element + 4 * problem.sample_bytes))
+    return problem.room.at_most(count)
 
 
 def sample_chunks(
     problem: Problem, parameters: ParameterSpace, batch: Batch, size: int, *, copies: int = 2
 ) -> Iterator[Batch]:
-    """The batch in pieces whose ``copies`` per-sample gradients and activations fit the budget."""
+    """The batch in pieces of :func:`chunk_size` samples."""
+    yield from split(batch, size, chunk_size(problem, parameters, size, copies=copies))
+
+
+def chunk_size(problem: Problem, parameters: ParameterSpace, size: int, *, copies: int = 2) -> int:
+    """Samples whose ``copies`` gradients and activations fit the budget, of ``size`` in all."""
     count = samples_within(problem, parameters, problem.memory_budget, copies)
     if parameters.device.type == "cpu":
         # Larger tensors come as fresh pages from the operating system each time, which costs more than the
         # arithmetic; a few dozen samples at a time are as quick as more.
         count = min(count, max(32, samples_within(problem, parameters, 2 * CACHE_BYTES, copies)))
-    yield from split(batch, size, count)
+    return min(size, count) if size else count
 
 
 def _per_sample(
@@ -184,15 +191,13 @@ def contract_up(
     """
     size = problem.objective.size(batch)
 
-    def joined(pieces: Iterator[dict[Name, Tensor]]) -> dict[Name, Tensor]:
-        parts = list(pieces)
-        return {name: torch.cat([part[name] for part in parts], dim=1) for name in factors}
-
     directions = sum(part.rows.shape[0] for part in factors.values())
-    if problem.twice_differentiable and _directions_pay(directions, problem):
-        return joined(_along_factors(factors, problem, p) for p in split(batch, size, problem.max_batch))
-    chunks = sample_chunks(problem, problem.parameters, batch, size)
-    return joined(_with_gradients(factors, problem, chunk) for chunk in chunks)
+    along = problem.twice_differentiable and _directions_pay(directions, problem)
+    contraction = _along_factors if along else _with_gradients
+    at_most = problem.max_batch if along else chunk_size(problem, problem.parameters, size)
+    work = partial(contraction, factors, problem)
+    parts = [part for _, part in in_pieces(problem.room, batch, problem.objective.size, at_most, work)]
+    return {name: torch.cat([part[name] for part in parts], dim=1) for name in factors}
 
 
 def _directions_pay(count: int, problem: Problem) -> bool:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence_framework.data import Batch, split
+from influence_framework.data import Batch
 from influence_framework.layers import Layer, layer_batch, samples_at_once, true_gradients
+from influence_framework.memory import in_pieces
 from influence_framework.problem import Problem
-from influence_framework.protocols import InverseOperator, LayerScoring, LayerStatistics, LinearOperator
+from influence_framework.protocols import (
+    InverseOperator,
+    LayerScoring,
+    LayerStatistics,
+    LinearOperator,
+    Weighing,
+)
+
+R = TypeVar("R")
 
 Sides = Mapping[str, Any]
 """By block, what its inverse made of some samples."""
@@ -67,7 +76,7 @@ class LayerScorer:
         # Filled piece by piece: parts that are put together at the end would take as much again.
         found: list[dict[str, Tensor]] = [{} for _ in chosen]
         row = 0
-        for held, rows in self._held(test, of_test):
+        for held, rows in self._held(test, of_test, weigh=at is None):
             place = slice(row, row + rows)
             self._fill(found, place, size(test), held, train, chosen, of_train)
             row += rows
@@ -91,29 +100,56 @@ class LayerScorer:
     ) -> None:
         """Write the scores of ``held`` with ``train`` into ``rows`` of matrices that are ``height`` high."""
         width, column = self.problem.objective.size(train), 0
-        for columns, sides in self.prepared(train, problem):
+
+        def work(piece: Batch) -> list[dict[str, Tensor]]:
+            sides = self._sides(piece, problem or self.problem)
+            return [{name: i.scores(held[name], sides[name]) for name, i in at.items()} for at in chosen]
+
+        for columns, parts in self._pieces(train, work):
             place = rows, slice(column, column + columns)
-            for inverses, scores in zip(chosen, found, strict=True):
-                for name, inverse in inverses.items():
-                    part = inverse.scores(held[name], sides[name])
+            for part, scores in zip(parts, found, strict=True):
+                for name, of_block in part.items():
                     if name not in scores:
-                        scores[name] = part.new_empty(height, width)
-                    scores[name][place] = part
+                        scores[name] = of_block.new_empty(height, width)
+                    scores[name][place] = of_block
             column += columns
 
     def self_scores(self, batch: Batch) -> dict[str, Float[Tensor, " n"]]:
         """``gᵀ (C + λI)⁻¹ g`` of every sample with itself, by block."""
-        parts = []
-        for _, sides in self.prepared(batch):
-            parts.append({name: inverse.self_scores(sides[name]) for name, inverse in self.inverses.items()})
+
+        def work(piece: Batch) -> dict[str, Tensor]:
+            sides = self._sides(piece, self.problem)
+            return {name: inverse.self_scores(sides[name]) for name, inverse in self.inverses.items()}
+
+        parts = [part for _, part in self._pieces(batch, work)]
         return {name: torch.cat([part[name] for part in parts]) for name in self.inverses}
 
-    def prepared(self, batch: Batch, problem: Problem | None = None) -> Iterator[tuple[int, Sides]]:
-        """The batch in pieces that the memory budget allows: samples of each, and what scores need of them."""
+    def prepared(
+        self, batch: Batch, problem: Problem | None = None, *, weigh: bool = True
+    ) -> Iterator[tuple[int, Sides]]:
+        """The test side in pieces that memory allows: samples of each, and what scores need of them.
+
+        With ``weigh``, of scores at the inverses' own λ alone.
+        """
+
+        def work(piece: Batch) -> Sides:
+            sides = self._sides(piece, problem or self.problem)
+            if not weigh:
+                return sides
+            return {
+                name: inverse.weighed(sides[name]) if isinstance(inverse, Weighing) else sides[name]
+                for name, inverse in self.inverses.items()
+            }
+
+        yield from self._pieces(batch, work)
+
+    def _pieces(self, batch: Batch, work: Callable[[Batch], R]) -> Iterator[tuple[int, R]]:
+        """``work`` of the batch in pieces that memory allows, each with its number of samples."""
         every = [layer for layers in self.layers.values() for layer in layers]
         at_once = samples_at_once(self.problem, layers=every)
-        for piece in split(batch, self.problem.objective.size(batch), at_once):
-            yield self.problem.objective.size(piece), self._sides(piece, problem or self.problem)
+        size_of = self.problem.objective.size
+        for piece, found in in_pieces(self.problem.room, batch, size_of, at_once, work):
+            yield size_of(piece), found
 
     def combined(self, found: Sequence[Sides]) -> Sides:
         """What scores need of several pieces together."""
@@ -130,11 +166,11 @@ class LayerScorer:
             for name, inverse in self.inverses.items()
         }
 
-    def _held(self, batch: Batch, problem: Problem) -> Iterator[tuple[Sides, int]]:
+    def _held(self, batch: Batch, problem: Problem, *, weigh: bool) -> Iterator[tuple[Sides, int]]:
         """The samples of one side with their number, as many at a time as half the budget holds."""
         found: list[Sides] = []
         held = count = 0
-        for samples, sides in self.prepared(batch, problem):
+        for samples, sides in self.prepared(batch, problem, weigh=weigh):
             size = nbytes(sides)
             if found and held + size > self.problem.memory_budget // 2:
                 yield self.combined(found), count

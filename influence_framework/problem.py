@@ -35,6 +35,7 @@ from influence_framework.data import (
 )
 from influence_framework.derivatives import has_second_derivatives
 from influence_framework.errors import InvalidInputError, NonFiniteError
+from influence_framework.memory import Room, in_pieces
 from influence_framework.objective import Checking, Loss, Objective, Preparing, SupervisedObjective
 from influence_framework.parameters import ParameterSpace
 from influence_framework.processes import Processes
@@ -79,6 +80,7 @@ class Problem:
         processes: Those that the data is divided between, of which this one has a share; ``None`` where it has
             all. ``size`` counts the samples of all shares.
         confirmed: What was found out of the model's layers for all blocks, once; see ``layers.covering``.
+        room: How many samples at a time memory was found to have room for.
     """
 
     model: nn.Module
@@ -99,6 +101,7 @@ class Problem:
     share: Fingerprint
     processes: Processes | None = None
     confirmed: list[Any] = field(default_factory=list, repr=False, compare=False)
+    room: Room = field(default_factory=Room)
 
     @classmethod
     def build(
@@ -129,7 +132,7 @@ class Problem:
         objective = loss if isinstance(loss, Objective) else SupervisedObjective(loss)
         if isinstance(objective, Preparing):
             objective = objective.prepared(model)
-        measured: dict[str, Any] = {"size": 0, "batch_size": 0, "sample_bytes": 1, "sample_flops": 0}
+        measured: Any = {"size": 0, "batch_size": 0, "sample_bytes": 1, "sample_flops": 0}
         return cls(
             model=model,
             objective=objective,
@@ -159,12 +162,12 @@ class Problem:
             if not read.size:
                 # All processes try the same samples, so that all learn the same of the model.
                 first = problem.objective.size(whole)
-                problem = problem._tried(problem._same(take(whole, slice(0, TRIAL))))
+                few = problem._same(take(whole, slice(0, TRIAL)))
+                problem = self.room.retried(partial(problem._tried, few))
                 kept = Joiner(problem.max_batch)
             elif read.size == 1 and layout(whole) == layout(problem.example):
                 # One sample by itself cannot tell whether it is mixed with others.
-                pair = concatenate([problem.example, take(whole, slice(0, TRIAL))])
-                problem._check_one_sample_at_a_time(pair)
+                self.room.retried(partial(problem._check_beside_the_first, take(whole, slice(0, TRIAL))))
             batch, size = problem._share(whole, read.size)
             if size and self.processes is not None:
                 problem = problem.validated(batch, "training data")
@@ -226,6 +229,8 @@ class Problem:
     ) -> Sequence[Tensor]:
         """The sum of what ``work`` returns for each share of the data. All sums over the data are formed here.
 
+        Where memory runs out meanwhile, ``work`` begins again with smaller batches.
+
         Args:
             work: From the problem of a share to sums over its samples: as many tensors, of the same shapes,
                 for every share, also for one whose samples add nothing.
@@ -235,9 +240,8 @@ class Problem:
         Raises:
             DistributedError: Another process failed, is not here, or has another ``same``.
         """
-        if self.processes is None:
-            return work(self)
-        return self.processes.total(partial(work, self), place, same)
+        own = partial(self.room.retried, partial(work, self))
+        return own() if self.processes is None else self.processes.total(own, place, same)
 
     def count(self, size: int) -> int:
         """How many samples of all shares that is, if it is ``size`` of this one."""
@@ -247,12 +251,13 @@ class Problem:
 
     def _tried(self, batch: Batch) -> Self:
         """What the first samples tell: that each is on its own, what one costs, and which derivatives exist."""
+        self.room.last = min(2, self.objective.size(batch))
         pair = take(batch, slice(0, 2))
         with torch.no_grad(), random_state_kept(), FlopCounterMode(display=False) as counter:
             self.outputs({}, pair)
         flops = int(counter.get_total_flops()) // self.objective.size(pair)
-        batch = take(batch, slice(0, max(4, TRIAL_FLOPS // max(1, flops))))
-        size = self.objective.size(batch)
+        batch = take(batch, slice(0, self.room.at_most(max(4, TRIAL_FLOPS // max(1, flops)))))
+        self.room.last = size = self.objective.size(batch)
         leaves = self.parameters.leaves(self.model)
         saved = saved_by_autograd(lambda: self.mean_loss(leaves, batch), self.model)
         kept, precision = saved or (32 * nbytes(batch), self.precision)
@@ -269,6 +274,12 @@ class Problem:
             losses = tried.objective.sample_losses(outputs, pair)
         twice = has_second_derivatives(outputs, losses, list(leaves.values()), tried.precision)
         return replace(tried, twice_differentiable=twice)
+
+    def _check_beside_the_first(self, batch: Batch) -> None:
+        part = slice(0, max(1, self.room.at_most(2 * TRIAL) // 2))
+        pair = concatenate([take(self.example, part), take(batch, part)])
+        self.room.last = self.objective.size(pair)
+        self._check_one_sample_at_a_time(pair)
 
     def _check_one_sample_at_a_time(self, batch: Batch) -> None:
         size = self.objective.size(batch)
@@ -288,9 +299,16 @@ class Problem:
             raise InvalidInputError(f"A batch of the {what} has no sample.")
         if isinstance(self.objective, Checking):
             self.objective.check(batch)
-        with torch.no_grad(), random_state_kept():
-            outputs = self.outputs({}, batch)
-        return self.judged(outputs, batch, what)
+        found = [self]
+
+        def work(piece: Batch) -> None:
+            with torch.no_grad(), random_state_kept():
+                outputs = found[0].outputs({}, piece)
+            found[0] = found[0].judged(outputs, piece, what)
+
+        for _ in in_pieces(self.room, batch, self.objective.size, size, work):
+            pass
+        return found[0]
 
     def judged(self, outputs: Tensor, batch: Batch, what: str) -> Self:
         """Check what the model returned for one batch; return the problem with what was learnt about the loss.
@@ -336,7 +354,7 @@ class Problem:
     @property
     def max_batch(self) -> int:
         """Samples to work on at a time: second derivatives hold a few times what a forward pass saves."""
-        return max(1, self.memory_budget // (8 * self.sample_bytes))
+        return self.room.at_most(max(1, self.memory_budget // (8 * self.sample_bytes)))
 
     def batches(self) -> Iterator[tuple[Batch, int]]:
         """One pass over the data: batches within the memory budget, each with its sample count.
@@ -357,7 +375,8 @@ class Problem:
             if not self.cached:
                 found += Fingerprint.of(own, size)
             for batch in split(own, size, self.max_batch):
-                yield batch, self.objective.size(batch)
+                self.room.last = self.objective.size(batch)
+                yield batch, self.room.last
         if self.cached or found.agrees(self.share):
             return
         before = self.share.size

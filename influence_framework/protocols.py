@@ -155,6 +155,15 @@ class LayerScoring(Protocol):
 
 
 @runtime_checkable
+class Weighing(Protocol):
+    """Capability of an inverse with :class:`LayerScoring`: a test side that holds less, for its own λ alone."""
+
+    def weighed(self, side: Any) -> Any:
+        """What ``scores`` and ``join`` of this inverse take in place of the test ``side``."""
+        ...
+
+
+@runtime_checkable
 class JointSolver(Protocol):
     """Capability of a solver: fit the blocks of one problem together, in as many passes as one takes."""
 

@@ -9,12 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence_framework.data import Batch, split
+from influence_framework.data import Batch
 from influence_framework.errors import InvalidInputError
 from influence_framework.fitted import Fitted
 from influence_framework.gradients import Factors, contract_up
 from influence_framework.layers import Layer, LayerBatch, cover, layer_batch, samples_at_once, true_gradients
 from influence_framework.measurement import Measurement, measured
+from influence_framework.memory import in_pieces
 from influence_framework.solving import SolveLog
 
 POWER_ITERATIONS = 2
@@ -160,5 +161,11 @@ def _pieces(
     fitted: Fitted, batch: Batch, layers: list[Layer]
 ) -> Iterator[tuple[Batch, dict[Layer, LayerBatch]]]:
     problem = fitted.problem
-    for piece in split(batch, fitted.size(batch), samples_at_once(problem, layers=layers)):
-        yield piece, layer_batch(problem, layers, piece, true_gradients(problem))
+    at_once = samples_at_once(problem, layers=layers)
+    yield from in_pieces(
+        problem.room,
+        batch,
+        fitted.size,
+        at_once,
+        lambda piece: layer_batch(problem, layers, piece, true_gradients(problem)),
+    )

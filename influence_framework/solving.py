@@ -128,13 +128,13 @@ def act_on_failures(report: SolveReport, policy: FailurePolicy) -> None:
         warn_caller(message, ConvergenceWarning)
 
 
-INNER = frozenset({"influence_framework", "contextlib", "jaxtyping"})
-"""Packages that stand between a warning and the caller it is meant for."""
+INNER = ("influence_framework", "contextlib", "jaxtyping")
+"""How packages begin that stand between a warning and the caller it is meant for: plugins are among them."""
 
 
 def warn_caller(message: str, category: type[Warning]) -> None:
     """Warn at the first line outside this package, however deep in it we are."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in INNER:
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(INNER):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)

@@ -20,17 +20,17 @@ pytestmark = pytest.mark.usefixtures("as_user")
 
 
 class Fuse:
-    """Raises at its ``at``-th call; never while ``at`` is 0."""
+    """Raises at its ``at``-th call, and at all that follow if it is lasting; never while ``at`` is 0."""
 
     def __init__(self) -> None:
-        self.at, self.calls, self.error = 0, 0, BaseException
+        self.at, self.calls, self.error, self.lasting = 0, 0, BaseException, False
 
-    def arm(self, at: int, error: Any) -> None:
-        self.at, self.calls, self.error = at, 0, error
+    def arm(self, at: int, error: Any, *, lasting: bool = False) -> None:
+        self.at, self.calls, self.error, self.lasting = at, 0, error, lasting
 
     def __call__(self) -> None:
         self.calls += 1
-        if self.calls == self.at:
+        if self.calls == self.at or (self.lasting and 0 < self.at < self.calls):
             raise self.error
 
 
@@ -219,6 +219,7 @@ EXHAUSTED: dict[str, Callable[[], BaseException]] = {
 
 
 @pytest.mark.filterwarnings("ignore::influence_framework.ConvergenceWarning")
+@pytest.mark.filterwarnings("ignore::influence_framework.SmallerBatchWarning")
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize(
     ("kind", "solver"), [("accelerator", "ekfac"), ("python", "cg"), ("cpu", "lissa"), ("windows", "ekfac")]
@@ -228,7 +229,7 @@ def test_running_out_of_memory_says_what_helps(kind: str, solver: str, call: str
     total, fitted = calls(influence, fuse, call), influence._fit
     for at in range(1, min(total, 14) + 1):
         original = EXHAUSTED[kind]()
-        fuse.arm(at, original)
+        fuse.arm(at, original, lasting=True)
         with pytest.raises(inf.OutOfMemoryError) as caught:
             CALLS[call](influence)
         assert caught.value.__cause__ is original
@@ -243,10 +244,12 @@ def test_running_out_of_memory_says_what_helps(kind: str, solver: str, call: str
 def test_small_blocks_are_not_told_to_be_smaller() -> None:
     fuse = Fuse()
     influence = small.model(Fused(fuse).double().eval(), blocks="per_layer")
-    fuse.arm(1, MemoryError("no"))
-    with pytest.raises(
-        MemoryError, match=r"fit ran out of memory \(no\): lower memory_budget, which is \d+ bytes now\.$"
-    ):
+    fuse.arm(1, MemoryError("no"), lasting=True)
+    message = (
+        r"fit ran out of memory \(no\), a single sample at a time too: lower memory_budget, which is \d+ bytes "
+        r"now, or use shorter samples, a lower precision or a device with more memory\.$"
+    )
+    with pytest.raises(MemoryError, match=message):
         influence.fit(DATA)
 
 

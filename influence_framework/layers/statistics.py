@@ -10,11 +10,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from influence_framework.data import Batch, split, take
+from influence_framework.data import Batch, take
 from influence_framework.derivatives import CACHE_BYTES, gradients_of, pull_back, rows_at_once
 from influence_framework.errors import InvalidInputError
 from influence_framework.layers.forms import MatrixForm
 from influence_framework.layers.tape import Layer, Tape, Use, of_samples, record
+from influence_framework.memory import in_pieces
 from influence_framework.objective import Masking
 from influence_framework.output_curvature import OutputCurvature
 from influence_framework.problem import Problem
@@ -276,10 +277,23 @@ def samples_at_once(problem: Problem, draws: int = 1, layers: Iterable[Layer] = 
 
 
 def layer_batches(
-    problem: Problem, layers: Sequence[Layer], rows: Rows, samples: Samples
+    problem: Problem,
+    layers: Sequence[Layer],
+    rows: Rows,
+    samples: Samples,
+    generator: torch.Generator | None = None,
 ) -> Iterator[tuple[Mapping[Layer, LayerBatch], int]]:
-    """One pass over the training data: every batch's layers, with its sample count."""
+    """One pass over the training data: every batch's layers, with its sample count.
+
+    ``rows`` draws from ``generator``, which is wound back where memory runs out and a batch is cut.
+    """
     draws = problem.outputs_of_a_sample() if samples == "exact" else samples
-    for whole, size in problem.batches():
-        for batch in split(whole, size, samples_at_once(problem, draws, layers)):
-            yield layer_batch(problem, layers, batch, rows), problem.objective.size(batch)
+    at_once = samples_at_once(problem, draws, layers)
+
+    def work(batch: Batch) -> list[Mapping[Layer, LayerBatch]]:
+        return [layer_batch(problem, layers, batch, rows)]
+
+    for whole, _ in problem.batches():
+        for piece, found in in_pieces(problem.room, whole, problem.objective.size, at_once, work, generator):
+            # Nothing of it is held here while the next one is worked on.
+            yield found.pop(), problem.objective.size(piece)

@@ -114,6 +114,16 @@ def tensors(folder: Path, entry: Mapping[str, Any], device: torch.device) -> dic
     return found
 
 
+def mapped(path: Path_, name: str) -> Tensor | None:
+    """One tensor of a file, which is mapped: its pages are read where they are used; ``None`` without it."""
+    safetensors_torch()
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt", device="cpu") as file:
+        found: Tensor | None = file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118
+    return found
+
+
 def _body(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():

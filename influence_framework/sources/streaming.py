@@ -173,8 +173,12 @@ class StreamingOperator(Operator):
         if self.problem.processes is not None:
             generator = self.problem.processes.generator(generator)
 
+        state = generator.get_state()
+
         def work(problem: Problem) -> Sequence[Tensor]:
-            return collect(layer_batches(problem, layers, self.rows(problem, samples, generator), samples))
+            generator.set_state(state)  # it may begin again
+            rows = self.rows(problem, samples, generator)
+            return collect(layer_batches(problem, layers, rows, samples, generator))
 
         return self.problem.total(work, "statistics of layers")
 

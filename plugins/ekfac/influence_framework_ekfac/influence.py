@@ -43,6 +43,7 @@ class EkfacInfluence(TorchInfluenceFunctionModel):
         partitions: Groups that the layers are worked on in; see :class:`EkfacSolver`.
         storage: Where eigenbases are kept; see :class:`EkfacSolver`.
         storage_dtype: What they are rounded to there; see :class:`EkfacSolver`.
+        score_dtype: What gradients are rounded to for scores; see :class:`EkfacSolver`.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class EkfacInfluence(TorchInfluenceFunctionModel):
         partitions: int | Literal["auto"] = 1,
         storage: str = "device",
         storage_dtype: torch.dtype | None = None,
+        score_dtype: torch.dtype | None = None,
     ) -> None:
         solver = EkfacSolver(
             update_diagonal=update_diagonal,
@@ -79,6 +81,7 @@ class EkfacInfluence(TorchInfluenceFunctionModel):
             partitions=partitions,
             storage=storage,
             storage_dtype=storage_dtype,
+            score_dtype=score_dtype,
         )
         super().__init__(
             model,

@@ -11,11 +11,23 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from influence_framework.errors import InvalidInputError
 from influence_framework.inverses import Inverse, approximation
 from influence_framework.layers import LayerBatch
 from influence_framework.protocols import LayerStatistics, LinearOperator, SavedState, Solution
 from influence_framework_ekfac.filters import Filter, UnkeptFilter, make_filter
-from influence_framework_ekfac.scores import Sides, Unrotated, join_sides, own_scores, pair_scores, side_of
+from influence_framework_ekfac.scores import (
+    Positions,
+    Side,
+    Sides,
+    Unrotated,
+    Weighted,
+    join_sides,
+    own_scores,
+    pair_scores,
+    side_of,
+    weighted_scores,
+)
 from influence_framework_ekfac.statistics import Eigenbasis, compute_dtype
 from influence_framework_ekfac.storage import Stored
 
@@ -62,6 +74,8 @@ class EkfacInverse(Inverse):
         rest: Positions of the parameters that are in no layer, and their diagonal curvature.
         score_rtol: Relative error that scores of pairs may have; 0 for exact ones.
         budget: Bytes for intermediate results.
+        score_dtype: What gradients of samples, and factors of test points, are rounded to where they are formed
+            for scores; ``None``: not at all.
         definite: Whether it is positive definite with λ = 0 too, as a preconditioner has to be.
     """
 
@@ -71,6 +85,7 @@ class EkfacInverse(Inverse):
     rest: tuple[Int[Tensor, " r"], Float[Tensor, " r"]]
     score_rtol: float
     budget: int
+    score_dtype: torch.dtype | None = None
     definite: bool = False
     _filters: dict[str, Filter] = field(default_factory=dict, repr=False)
 
@@ -148,39 +163,78 @@ class EkfacInverse(Inverse):
 
     def side(self, layers: Mapping[str, LayerBatch], size: int) -> Sides:
         """What scores need of some samples: inputs and output gradients in the eigenbases."""
-        return Sides({name: side_of(self.layers[name].basis, batch) for name, batch in layers.items()}, size)
+        dtype = self.score_dtype
+        sides = {name: side_of(self.layers[name].basis, batch, dtype) for name, batch in layers.items()}
+        return Sides(sides, size)
+
+    def weighed(self, sides: Sides) -> Sides:
+        """The test side with this λ applied, where less is held then, so that products alone are left."""
+        found = {
+            name: side if isinstance(side, Positions | Weighted) else self._weighted(name, side)
+            for name, side in sides.layers.items()
+        }
+        return Sides(found, sides.size)
+
+    def _weighted(self, name: str, side: Side) -> Weighted:
+        spectral, basis = self._filter(name), self.layers[name].basis
+        if isinstance(side, Positions):
+            turned = basis.load().rotate_back(side.gradients() * spectral.made().dense).flatten(1)
+            factors = turned.to(self.score_dtype or basis.dtype)
+        else:
+            factors = side.weighted(spectral)
+        return Weighted(factors, (self.regularization, self.definite))
 
     def join(self, sides: Sequence[Sides]) -> Sides:
         """Several batches as one."""
         size = sum(one.size for one in sides)
         names = dict.fromkeys(name for one in sides for name in one.layers)
-        joined = {}
-        for name in names:
-            basis = self.layers[name].basis
-            # A batch whose forward pass skipped the layer has zero gradients there.
-            present = [
-                one.layers.get(name)
-                or Unrotated(
-                    torch.zeros(one.size, *basis.shape, dtype=basis.dtype, device=self.device), basis=basis
-                )
-                for one in sides
-            ]
-            joined[name] = join_sides(present, basis)
-        return Sides(joined, size)
+        return Sides({name: self._joined(name, sides) for name in names}, size)
+
+    def _joined(self, name: str, sides: Sequence[Sides]) -> Side | Weighted:
+        basis = self.layers[name].basis
+        dtype = self.score_dtype or basis.dtype
+
+        def nothing(size: int) -> Unrotated:
+            return Unrotated(torch.zeros(size, *basis.shape, dtype=dtype, device=self.device), basis=basis)
+
+        # A batch whose forward pass skipped the layer has zero gradients there.
+        found = [one.layers.get(name) or nothing(one.size) for one in sides]
+        if not any(isinstance(side, Weighted) for side in found):
+            return join_sides([side for side in found if not isinstance(side, Weighted)], basis)
+        weighted = [side if isinstance(side, Weighted) else self._weighted(name, side) for side in found]
+        return Weighted(torch.cat([side.factors for side in weighted]), weighted[0].key)
 
     def scores(self, test: Sides, train: Sides) -> Float[Tensor, "m n"]:
-        """``g_mᵀ (C + λI)⁻¹ g_n`` of every pair."""
+        """``g_mᵀ (C + λI)⁻¹ g_n`` of every pair.
+
+        Raises:
+            InvalidInputError: The test side was weighed by an inverse with another λ.
+        """
         # Of many layers, half precision would lose the later ones.
         total = torch.zeros(test.size, train.size, dtype=compute_dtype(self.dtype), device=self.device)
         for name, side in test.layers.items():
-            if name in train.layers:
-                total += pair_scores(side, train.layers[name], self._filter(name), self.budget)
+            other = train.layers.get(name)
+            if other is None:
+                continue
+            if isinstance(other, Weighted):
+                raise InvalidInputError("The training side is weighed: it is the test side that may be.")
+            if not isinstance(side, Weighted):
+                total += pair_scores(side, other, self._filter(name), self.budget)
+            elif side.key == (self.regularization, self.definite):
+                total += weighted_scores(side, other, self.layers[name].basis, self.budget)
+            else:
+                raise InvalidInputError(
+                    f"The test side is weighed with (λ, definite) = {side.key}, and this inverse has "
+                    f"{(self.regularization, self.definite)}: weigh it with this one."
+                )
         return total.to(self.dtype)
 
     def self_scores(self, side: Sides) -> Float[Tensor, " n"]:
         """``g_nᵀ (C + λI)⁻¹ g_n`` of every sample, without any pair."""
         total = torch.zeros(side.size, dtype=compute_dtype(self.dtype), device=self.device)
         for name, one in side.layers.items():
+            if isinstance(one, Weighted):
+                raise InvalidInputError("This side is weighed, and its samples' own scores are lost.")
             total += own_scores(one, self._reciprocal(self.layers[name].basis), self.budget)
         return total.to(self.dtype)
 

@@ -15,7 +15,7 @@ With ``δ`` and ``ā`` rotated into the eigenbasis and ``D = 1/(Λ + λ)``, a pa
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from influence_framework.layers import LayerBatch, contract_positions
 from influence_framework_ekfac.filters import Filter, Staircase, Step, UnkeptFilter
-from influence_framework_ekfac.statistics import Eigenbasis, widened
+from influence_framework_ekfac.statistics import Eigenbasis, in_dtype
 from influence_framework_ekfac.storage import Stored
 
 FORMED, TURNED = 24, 64
@@ -123,6 +123,11 @@ class InOwnCoordinates(ABC):
     def nbytes(self) -> int:
         """Memory held, with what :meth:`weighted` will keep."""
 
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """That of gradients in the layer's own coordinates."""
+
     @abstractmethod
     def formed(self) -> Float[Tensor, "n g o e"]:
         """``G`` of every sample, in the layer's own coordinates."""
@@ -140,7 +145,8 @@ class InOwnCoordinates(ABC):
         held = self._weighted.get(spectral.key)
         if held is None:
             here = self.loaded()
-            turned = here.basis.load().rotate_back(here.gradients() * spectral.made().dense).flatten(1)
+            basis = here.basis.load()
+            turned = basis.rotate_back(here.gradients() * spectral.made().dense).flatten(1).to(self.dtype)
             self._weighted.clear()
             held = self._weighted[spectral.key] = (spectral, turned)
         return held[1]
@@ -164,6 +170,10 @@ class Unrotated(InOwnCoordinates):
     def nbytes(self) -> int:
         return 2 * self.matrices.nbytes
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.matrices.dtype
+
     def part(self, part: slice) -> Unrotated:
         """Some of the samples."""
         return Unrotated(self.matrices[part], basis=self.basis)
@@ -172,7 +182,8 @@ class Unrotated(InOwnCoordinates):
         return self.matrices
 
     def gradients(self) -> Float[Tensor, "n g o e"]:
-        return self.basis.load().rotate(self.matrices)
+        basis = self.basis.load()
+        return basis.rotate(self.matrices.to(basis.dtype))
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,6 +205,10 @@ class Unformed(InOwnCoordinates):
         entries = self.size * prod(self.basis.shape)
         return self.positions.nbytes + entries * self.positions.deltas.element_size()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.positions.deltas.dtype
+
     def part(self, part: slice) -> Unformed:
         """Some of the samples."""
         return Unformed(self.positions.part(part), basis=self.basis)
@@ -204,6 +219,29 @@ class Unformed(InOwnCoordinates):
     def gradients(self) -> Float[Tensor, "n g o e"]:
         held = self.positions
         return self.basis.load().gradients(LayerBatch(held.inputs, held.deltas[None], held.columns))[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Weighted:
+    """Samples of the test side in the layer's own coordinates, with one filter applied and nothing else kept.
+
+    Attributes:
+        factors: ``Q_G (D ∘ Q_Gᵀ G Q_A) Q_Aᵀ``, flattened, ``(n, g·o·e)``.
+        key: Of the filter.
+    """
+
+    factors: Float[Tensor, "n goe"]
+    key: Hashable
+
+    @property
+    def size(self) -> int:
+        """``n``."""
+        return self.factors.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held."""
+        return self.factors.nbytes
 
 
 Side = Positions | Unrotated | Unformed
@@ -219,7 +257,7 @@ class Sides:
         size: Number of samples.
     """
 
-    layers: dict[str, Side]
+    layers: Mapping[str, Side | Weighted]
     size: int
 
     @property
@@ -228,17 +266,17 @@ class Sides:
         return sum(side.nbytes for side in self.layers.values())
 
 
-def side_of(basis: Eigenbasis | Stored, batch: LayerBatch) -> Side:
+def side_of(basis: Eigenbasis | Stored, batch: LayerBatch, dtype: torch.dtype | None = None) -> Side:
     """One draw's samples: as rotated positions if a pair of them may take less than a product of gradients.
 
-    Else in the layer's own coordinates, which saves rotating the training side.
+    Else in the layer's own coordinates, which saves rotating the training side; there in ``dtype``, if given.
     """
     positions, outputs = batch.output_gradients.shape[3:]
     entries = outputs * batch.columns
     if positions**2 * (outputs + (0 if batch.one_hot else batch.columns)) <= entries:
         turned = basis.load().rotated(batch)
         return Positions(turned.output_gradients[0], turned.inputs, batch.columns)
-    wide = widened(batch, basis.dtype)
+    wide = in_dtype(batch, dtype or basis.dtype)
     if positions * (outputs + (1 if batch.one_hot else batch.columns)) > entries:
         return Unrotated(wide.gradients()[0], basis=basis)
     return Unformed(Positions(wide.output_gradients[0], wide.inputs, batch.columns), basis=basis)
@@ -301,6 +339,19 @@ def pair_scores(test: Side, train: Side, given: Filter | UnkeptFilter, budget: i
                 )
     _, fewest = min(orders, key=lambda order: order[0])
     return fewest()
+
+
+def weighted_scores(
+    test: Weighted, train: Side, basis: Eigenbasis | Stored, budget: int
+) -> Float[Tensor, "m n"]:
+    """:func:`pair_scores` of samples with their filter applied: one product with each training gradient."""
+    factors = test.factors
+    step = _samples(budget, 2 * factors.shape[1] * factors.element_size())
+    found = []
+    for part in _parts(train, step):
+        own = basis.load().rotate_back(part.gradients()) if isinstance(part, Positions) else part.formed()
+        found.append(factors @ own.flatten(1).T.to(factors.dtype))
+    return torch.cat(found, dim=1)
 
 
 def _forming(side: Side, size: int) -> int:

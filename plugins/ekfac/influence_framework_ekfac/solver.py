@@ -28,7 +28,7 @@ from influence_framework_ekfac.statistics import (
 from influence_framework_ekfac.storage import (
     DEVICE,
     HOST,
-    STORAGE_DTYPES,
+    ROUNDED,
     Shelf,
     Stored,
     check_folder,
@@ -63,11 +63,19 @@ class Collect(Generic[Sums]):
         """The number of samples, then the sums of each layer."""
         found: dict[Layer, Sums] = {layer: make() for layer, make in self.makers.items()}
         count = torch.zeros((), dtype=torch.float64, device="cpu")
-        for batches, size in tqdm(passed, desc=self.what, unit=" batches", disable=not self.progress):
-            count += size
-            for layer, batch in batches.items():
-                found[layer].add(batch)
+        with tqdm(desc=self.what, unit=" batches", disable=not self.progress) as bar:
+            for batches, size in passed:
+                count += size
+                _add(found, batches)
+                bar.update()
+                # Else they were held until the next ones have been worked out.
+                del batches
         return [count, *(part for kept in found.values() for part in kept.sums)]
+
+
+def _add(found: Mapping[Layer, Sums], batches: Mapping[Layer, LayerBatch]) -> None:
+    for layer, batch in batches.items():
+        found[layer].add(batch)
 
 
 def _is_whole(value: object, least: int) -> bool:
@@ -89,6 +97,7 @@ class KroneckerSolver:
     partitions: int | Literal["auto"] = 1
     storage: str = DEVICE
     storage_dtype: torch.dtype | None = None
+    score_dtype: torch.dtype | None = None
 
     fixed: ClassVar[bool] = True
     takes_indefinite: ClassVar[bool] = True
@@ -124,11 +133,12 @@ class KroneckerSolver:
             raise InvalidInputError(f"storage is 'device', 'host' or a folder's path; got {self.storage!r}.")
         if self.storage not in (DEVICE, HOST):
             check_folder(self.storage)
-        if self.storage_dtype not in STORAGE_DTYPES:
-            raise InvalidInputError(
-                "storage_dtype is torch.bfloat16, torch.float32, torch.float64 or None, for no rounding; got "
-                f"{self.storage_dtype!r}."
-            )
+        for option in ("storage_dtype", "score_dtype"):
+            if (dtype := getattr(self, option)) not in ROUNDED:
+                raise InvalidInputError(
+                    f"{option} is torch.bfloat16, torch.float32, torch.float64 or None, for no rounding; got "
+                    f"{dtype!r}."
+                )
 
     @property
     @abstractmethod
@@ -158,7 +168,13 @@ class KroneckerSolver:
             fitted = {x.name: EkfacLayer(x.form.places, bases[x]) for x in covers[name].layers}
             rest = self._rest(operator, fitted)
             found[name] = EkfacInverse(
-                operator, regularizations[name], fitted, rest, self.score_rtol, self.memory_budget
+                operator,
+                regularizations[name],
+                fitted,
+                rest,
+                self.score_rtol,
+                self.memory_budget,
+                self.score_dtype,
             )
         return found
 
@@ -189,6 +205,7 @@ class KroneckerSolver:
             (self._free(operator, fitted), tensors["rest"]),
             self.score_rtol,
             self.memory_budget,
+            self.score_dtype,
             state.values["definite"],
         )
 
@@ -332,6 +349,10 @@ class EkfacSolver(KroneckerSolver):
             layer at a time are brought to the device where they are used.
         storage_dtype: What eigenvectors and eigenvalues are rounded to where they are kept, such as
             ``torch.bfloat16``; ``None``: not at all. Work is done in the precision that it is done in without.
+        score_dtype: What gradients of samples are formed in for scores, and factors of test points kept and
+            multiplied, in layers at many positions; ``None``: what the model computes in, single precision at
+            least. In ``torch.bfloat16`` twice as many test points share a pass, which takes accelerators a
+            fraction of the time.
         update_diagonal: Refit the eigenvalues in the eigenbasis, as above. ``False``: ``Λ = λ_G ⊗ λ_A``, which
             is K-FAC.
     """

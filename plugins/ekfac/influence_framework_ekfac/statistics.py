@@ -71,7 +71,7 @@ class Eigenbasis:
 
     def rotated(self, batch: LayerBatch) -> LayerBatch:
         """The batch with inputs ``Q_Aᵀ ā`` and output gradients ``Q_Gᵀ δ``, in at least single precision."""
-        wide = widened(batch, self.dtype)
+        wide = in_dtype(batch, self.dtype)
         inputs = wide.inputs if self.inputs is None else _times(wide.inputs, self.inputs)
         return LayerBatch(inputs, _times(wide.output_gradients, self.outputs), batch.columns)
 
@@ -83,7 +83,7 @@ class Eigenbasis:
         after = outputs * columns * (outputs + inside)
         if before <= after:
             return self.rotated(batch).gradients()
-        return self.rotate(widened(batch, self.dtype).gradients())
+        return self.rotate(in_dtype(batch, self.dtype).gradients())
 
     def rotate(self, matrices: Float[Tensor, "*k g o e"]) -> Float[Tensor, "*k g o e"]:
         """``Q_Gᵀ M Q_A``."""
@@ -96,8 +96,8 @@ class Eigenbasis:
         return turned if self.inputs is None else turned @ self.inputs.mT
 
 
-def widened(batch: LayerBatch, dtype: torch.dtype) -> LayerBatch:
-    """The batch in the precision of the bases."""
+def in_dtype(batch: LayerBatch, dtype: torch.dtype) -> LayerBatch:
+    """The batch in another precision."""
     inputs = batch.inputs if batch.one_hot else batch.inputs.to(dtype)
     return LayerBatch(inputs, batch.output_gradients.to(dtype), batch.columns)
 

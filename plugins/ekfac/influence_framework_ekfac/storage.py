@@ -15,14 +15,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence_framework.errors import InvalidInputError
-from influence_framework.persistence.files import safetensors_torch
+from influence_framework.persistence.files import mapped, safetensors_torch
 from influence_framework_ekfac.statistics import Eigenbasis
 
 DEVICE, HOST = "device", "host"
 """The storages that are no folder."""
 
-STORAGE_DTYPES = (None, torch.bfloat16, torch.float32, torch.float64)
-"""What eigenbases may be kept in; ``None``: as they were worked out."""
+ROUNDED = (None, torch.bfloat16, torch.float32, torch.float64)
+"""What bases and factors may be rounded to; ``None``: nothing. Half precision has no room for eigenvalues."""
 
 
 def check_folder(path: str) -> None:
@@ -56,18 +56,13 @@ class _File:
         return _seen, (self.path, self.nbytes)
 
     def tensor(self, name: str) -> Tensor | None:
-        """One of the tensors, mapped: its pages are read where they are used."""
-        safetensors_torch()
-        from safetensors import safe_open
-
+        """One of the tensors, mapped; ``None`` where there is none of that name."""
         if not os.path.exists(self.path):
             raise InvalidInputError(
                 f"{self.path}, which holds part of a fitted inverse, is gone: leave the folder given as "
                 "storage alone while the model is in use, and fit again."
             )
-        with safe_open(self.path, framework="pt", device="cpu") as file:
-            found: Tensor | None = file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118
-            return found
+        return mapped(self.path, name)
 
 
 def _remove(path: str) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from influence_framework_ekfac import EkfacInverse, EkfacSolver, KfacSolver
 from influence_framework_ekfac.partitions import factor_bytes, grouped
+from influence_framework_ekfac.scores import Positions, Weighted
 from influence_framework_ekfac.statistics import Covariances, Eigenbasis, SecondMoments
 from influence_framework_ekfac.storage import Stored
 from torch import Tensor, nn
@@ -60,40 +61,30 @@ def assert_same(found: list[Tensor], wanted: list[Tensor], tolerance: float = 1e
         assert_close(mine, theirs, tolerance)
 
 
-@pytest.mark.parametrize("solver", ["ekfac", "kfac"])
-@pytest.mark.parametrize("name", LAYERED)
+@pytest.mark.parametrize(
+    ("name", "solver"), [*((name, "ekfac") for name in LAYERED), ("module_used_twice", "kfac")]
+)
 def test_partitions_change_nothing(name: str, solver: str) -> None:
     """Of drawn targets too: every pass sees the same."""
     instance, test = dense.made(CASES[name])
     train = instance.data[0]
-    for samples in (1, 2):
+    for samples, choices in ((1, (2,)), (2, (3, 100, "auto"))):
         whole = everything(compose(instance, name=solver, samples=samples), test, train)
-        for partitions in (2, 3, 100, "auto"):
+        for partitions in choices:
             parts = compose(instance, name=solver, samples=samples, partitions=partitions, memory_budget=1000)
             assert_same(everything(parts, test, train), whole)
-        by_layer = compose(instance, "per_layer", name=solver, samples=samples, partitions=2)
-        assert_same([by_layer.influences(*test, *train)], whole[:1])
+    by_layer = compose(instance, "per_layer", name=solver, samples=2, partitions=2)
+    assert_same([by_layer.influences(*test, *train)], whole[:1])
 
 
 def test_partitions_of_a_language_model_change_nothing() -> None:
     """The tied embedding, which is cut into smaller batches than the other layers, is in one of them."""
-    name = "gpt2"
-    data, test, train = (language.training(name), language.points(name, "test"), language.points(name, "train"))
-
-    def scores(**options: Any) -> Tensor:
-        model = inf.compose(
-            language.model(name),
-            language.ARCHITECTURES[name].objective,
-            solver={"name": "ekfac", **options},
-            blocks="per_layer",
-            hessian_regularization=STRENGTH,
-            preflight=False,
-        )
-        return model.fit(data).influences(test, x=train)
-
-    whole = scores()
+    test, train = (language.points("gpt2", side) for side in ("test", "train"))
+    whole = language_model().influences(test, x=train)
     for partitions in (2, 5):
-        assert_close(scores(partitions=partitions, storage="host"), whole, 1e-12)
+        # So little that the embedding's gradients are formed one by one, and others' are not.
+        parts = language_model(partitions=partitions, storage="host", memory_budget=2**17)
+        assert_close(parts.influences(test, x=train), whole, 1e-12)
 
 
 @pytest.mark.parametrize("name", LAYERED)
@@ -127,6 +118,108 @@ def test_scores_of_rounded_bases_are_off_by_a_few_roundings(name: str, dtype: to
         assert {part.dtype for part in kept.tensors().values()} == {dtype}
         assert {part.dtype for part in kept.load().tensors().values()} == {torch.float64}
         assert kept.nbytes == sum(part.nbytes for part in kept.tensors().values())
+
+
+def language_model(*, memory_budget: int = 2**28, **options: Any) -> inf.TorchInfluenceFunctionModel:
+    return inf.compose(
+        language.model("gpt2"),
+        "causal_lm",
+        solver={"name": "ekfac", **options},
+        blocks="per_layer",
+        hessian_regularization=STRENGTH,
+        memory_budget=memory_budget,
+        preflight=False,
+    ).fit(language.training("gpt2"))
+
+
+def test_gradients_formed_in_lower_precision_are_off_by_a_few_roundings() -> None:
+    test, train = (language.points("gpt2", side) for side in ("test", "train"))
+    exact = language_model()
+    own = [exact.self_influences(points).sqrt() for points in (test, train)]
+    for dtype in (torch.bfloat16, torch.float32):
+        eps = torch.finfo(dtype).eps
+        rounded = language_model(score_dtype=dtype)
+        error = (rounded.influences(test, x=train) - exact.influences(test, x=train)).abs()
+        relative = (error / torch.outer(*own)).max()
+        assert eps / 100 < relative < 8 * eps
+        assert ((rounded.self_influences(test).sqrt() - own[0]).abs() / own[0]).max() < 8 * eps
+        # Factors are of the parameters, whose precision they have.
+        assert_close(rounded.influence_factors(test), exact.influence_factors(test), 1e-12)
+
+
+def parts_of(sides: Any) -> list[Any]:
+    return [part for of_block in sides.values() for part in of_block.layers.values()]
+
+
+def test_test_points_are_held_once_and_in_their_precision() -> None:
+    """Neither their gradients beside their factors, nor in single precision where less was asked for."""
+    test = language.points("gpt2", "test")
+    for dtype in (torch.float64, torch.bfloat16):
+        scorer = language_model(score_dtype=dtype).fitted.layer_scorer()
+        assert scorer is not None
+        for _, sides in scorer.prepared(test):
+            weighted = [part for part in parts_of(sides) if isinstance(part, Weighted)]
+            assert weighted
+            assert all(part.nbytes == part.factors.numel() * dtype.itemsize for part in weighted)
+            assert {type(part) for part in parts_of(sides)} <= {Weighted, Positions}
+        for _, sides in scorer.prepared(test, weigh=False):
+            assert Weighted not in {type(part) for part in parts_of(sides)}
+
+
+def test_sides_of_all_forms_are_joined_and_scored_alike() -> None:
+    model = language_model(score_rtol=0.0)
+    points = [language.sequences(2, 7, padding=padding) for padding in (0, 1, 2, 2)]
+    train = language.points("gpt2", "train")
+    inverses = {name: cast(EkfacInverse, inverse) for name, inverse in model.inverses.items()}
+    scorer = model.fitted.layer_scorer()
+    assert scorer is not None
+    wanted = torch.cat([model.influences(part, x=train) for part in points])
+    for weigh in (True, False):
+        parts = [sides for part in points for _, sides in scorer.prepared(part, weigh=weigh)]
+        held = scorer.combined(parts)
+        found = sum(scorer.with_held(held, 8, train).values())
+        assert_close(cast(Tensor, found), wanted, 1e-12)
+    # A side that another λ was applied to is refused.
+    held = scorer.combined([sides for _, sides in scorer.prepared(points[3])])
+    for name, inverse in inverses.items():
+        if any(isinstance(side, Weighted) for side in held[name].layers.values()):
+            with pytest.raises(inf.InvalidInputError, match="weigh"):
+                inverse.with_regularization(1.0).scores(held[name], held[name])
+            with pytest.raises(inf.InvalidInputError, match="weigh"):
+                inverse.self_scores(held[name])
+            with pytest.raises(inf.InvalidInputError, match="weigh"):
+                inverse.scores(held[name], held[name])
+
+
+@pytest.mark.parametrize("method", ["add", "scores"])
+def test_memory_that_runs_out_beside_the_model_is_met_by_smaller_batches(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the sums, half of whose layers have been added to by then; and in the scores."""
+    instance = stack()
+    (test, train) = ((instance.data[0][0], instance.data[0][1]), (instance.data[1][0], instance.data[1][1]))
+    wanted = everything(compose(instance), test, train)
+    calls: list[int] = []
+
+    def limited(original: Callable[..., Any], size: Callable[..., int]) -> Callable[..., Any]:
+        def work(*arguments: Any) -> Any:
+            calls.append(size(*arguments))
+            if len(calls) > 2 and size(*arguments) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return original(*arguments)
+
+        return work
+
+    if method == "add":
+        monkeypatch.setattr(Covariances, "add", limited(Covariances.add, lambda _, batch: batch.size))
+    else:
+        scored = limited(EkfacInverse.scores, lambda _, test, train: train.size)
+        monkeypatch.setattr(EkfacInverse, "scores", scored)
+        calls += [0, 0]
+    with pytest.warns(inf.SmallerBatchWarning):
+        found = everything(compose(instance), test, train)
+    assert max(calls) > 3
+    assert_same(found, wanted)
 
 
 class Counter:
@@ -301,6 +394,7 @@ def test_conformance(tmp_path: Path) -> None:
         *[("partitions", value) for value in (0, -1, 1.5, True, "all", None)],
         *[("storage", value) for value in ("", 3, None)],
         *[("storage_dtype", value) for value in (torch.float16, torch.int8, "bfloat16")],
+        ("score_dtype", torch.float16),
     ],
 )
 def test_wrong_options_are_refused(solver: Any, option: str, value: Any) -> None:
