@@ -59,6 +59,7 @@ from influence_framework.operators import (
 )
 from influence_framework.parameters import Blocks, ParameterSpace
 from influence_framework.persistence.restoring import load
+from influence_framework.planning import Plan, plan
 from influence_framework.preflight import BlockPreflight, Preflight
 from influence_framework.problem import Problem
 from influence_framework.protocols import (
@@ -74,7 +75,9 @@ from influence_framework.protocols import (
     LayerStatistics,
     LinearOperator,
     Minibatches,
+    Needs,
     Persistent,
+    Planning,
     Preconditioning,
     Reregularizable,
     Restoring,
@@ -85,6 +88,7 @@ from influence_framework.protocols import (
     Sweepable,
     Trace,
     WarmStart,
+    Weighing,
 )
 from influence_framework.query_factors import QueryFactors
 from influence_framework.refinement import RefinedSolver
@@ -133,6 +137,7 @@ __all__ = [
     "MatrixForm",
     "Minibatches",
     "MissingCapabilityError",
+    "Needs",
     "NonFiniteError",
     "NotFittedError",
     "Objective",
@@ -141,6 +146,8 @@ __all__ = [
     "Output",
     "ParameterSpace",
     "Persistent",
+    "Plan",
+    "Planning",
     "PluginConflictError",
     "PluginError",
     "Pointing",
@@ -174,6 +181,7 @@ __all__ = [
     "UnknownOptionError",
     "UnsupportedLayerError",
     "WarmStart",
+    "Weighing",
     "attribute",
     "compose",
     "default_registry",
@@ -185,6 +193,7 @@ __all__ = [
     "hookimpl",
     "load",
     "objectives",
+    "plan",
     "register_layer",
     "solvers",
     "to_scipy",

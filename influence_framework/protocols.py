@@ -172,6 +172,42 @@ class JointSolver(Protocol):
     ) -> Mapping[str, InverseOperator]: ...
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What a fit takes, counted beforehand; bytes beside the model, the data and the work on a batch.
+
+    Attributes:
+        passes: Over the training data.
+        peak: Bytes on the device at any one time of the fit.
+        device: Bytes on the device that the fit leaves there.
+        host: The same in the memory of the host, where that is another.
+        disk: The same in files.
+    """
+
+    passes: int
+    peak: int
+    device: int
+    host: int = 0
+    disk: int = 0
+
+
+@runtime_checkable
+class Planning(Protocol):
+    """Capability of a solver: say what a fit takes without one."""
+
+    def needs(self, operators: Mapping[str, LinearOperator]) -> Needs:
+        """What a fit to these operators, all of one problem, takes."""
+        ...
+
+    def trial(self, operators: Mapping[str, LinearOperator]) -> float:
+        """Do what grows with the data of a fit, over that of these operators, and forget it.
+
+        Returns:
+            The seconds that the rest of a fit takes, whatever the data, as far as can be said.
+        """
+        ...
+
+
 class StopReason(Enum):
     """Why a solver stopped working on a right-hand side; the value says what to do about it."""
 

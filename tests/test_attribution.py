@@ -154,6 +154,20 @@ def test_a_group_of_test_points_at_a_time_is_what_the_budget_holds() -> None:
     assert len(fitted.report) == len(TEST[0])
 
 
+def test_scores_of_half_precision_are_in_single_precision() -> None:
+    """NumPy has no bfloat16."""
+    net = nets.mlp(4, 6, 3).eval().to(torch.bfloat16)
+    half = [(x.to(torch.bfloat16), y) for x, y in batches(TRAIN, 40)]
+    x, y = TEST[0].to(torch.bfloat16), TEST[1]
+    fitted = inf.compose(
+        net, nn.CrossEntropyLoss(), solver="ekfac", hessian_regularization=1e-2, preflight=False
+    ).fit(half)
+    found = torch.from_numpy(attribute(fitted, [(x, y)], half).array)
+    wanted = fitted.influences(x, y, torch.cat([x for x, _ in half]), torch.cat([y for _, y in half]))
+    assert found.dtype is torch.float32
+    assert (found - wanted.float()).abs().max() < 2e-2 * wanted.float().abs().max()
+
+
 def test_identifiers_travel_with_the_scores() -> None:
     names = np.array([f"image-{index:03}" for index in range(len(TRAIN[0]))])
     order = torch.randperm(len(TRAIN[0]), generator=torch.Generator().manual_seed(3))

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -123,7 +124,7 @@ class _Run:
         alone = self.fitted.problem.parameters.numel if isinstance(self.output, Factors) else 1
         return (alone if test is None else len(test.ids), len(self.surveys["training points"].ids))
 
-    @property
+    @cached_property
     def chunks(self) -> tuple[int, int]:
         """Test and training points of a block: half of the budget for the ones, a quarter for the scores."""
         rows = min(self.shape[0], points_at_once(self.fitted)) if self.output.pairs else self.shape[0]

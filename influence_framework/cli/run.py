@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,12 @@ from typing import Any
 import torch
 from torch import distributed
 
-from influence_framework.attribution import Scored, TorchDistributedExecutor, attribute
+from influence_framework.attribution import (
+    Scored,
+    SequentialExecutor,
+    TorchDistributedExecutor,
+    attribute,
+)
 from influence_framework.attribution.store import MANIFEST
 from influence_framework.cli.config import Config
 from influence_framework.cli.imports import load, modules_beside
@@ -25,7 +30,8 @@ from influence_framework.compose import compose
 from influence_framework.errors import InvalidInputError
 from influence_framework.influence import TorchInfluenceFunctionModel
 from influence_framework.parameters import Blocks, ParameterSpace
-from influence_framework.protocols import Fitting
+from influence_framework.planning import plan
+from influence_framework.protocols import Fitting, Planning
 from influence_framework.regularization import per_block
 
 
@@ -145,9 +151,11 @@ def run(path: Path, *, resume: bool = False, progress: bool = True) -> Outcome |
         start = time.perf_counter()
         if leads:
             print(f"Fitting {type(model.solver).__name__} to the training data …", file=sys.stderr)
+        _print_plan(config, model, things)
         fits = isinstance(config.executor, Fitting)
         model.fit(WithoutIdentifiers(things["train"]), executor=config.executor if fits else "sequential")
         fitted = time.perf_counter()
+        _print_plan(config, model, things)
         scored = attribute(
             model,
             things.get("test"),
@@ -159,6 +167,18 @@ def run(path: Path, *, resume: bool = False, progress: bool = True) -> Outcome |
         )
         end = time.perf_counter()
         return Outcome(config, model, scored, fitted - start, end - fitted) if leads else None
+
+
+def _print_plan(config: Config, model: TorchInfluenceFunctionModel, things: Mapping[str, Any]) -> None:
+    """What the next part of the run takes, where the solver can tell at the price of a few samples."""
+    # One of several processes would plan alone, and wait for the others.
+    if not isinstance(model.solver, Planning) or not isinstance(config.executor, SequentialExecutor):
+        return
+    if model.is_fitted:
+        found = plan(model, things["train"], things.get("test"), output=config.output, store=True)
+    else:
+        found = plan(model, WithoutIdentifiers(things["train"]))
+    print(found, file=sys.stderr)
 
 
 def _check_store(config: Config, *, resume: bool) -> None:

@@ -11,24 +11,52 @@ import torch
 from influence_framework.layers import Layer
 
 
-def factor_bytes(layer: Layer, dtype: torch.dtype) -> int:
-    """What the covariances of a layer take, or its eigenvectors and eigenvalues, whichever is more."""
+def factor_bytes(layer: Layer, dtype: torch.dtype, work: torch.dtype) -> int:
+    """What a layer takes during a fit: its covariances, or its bases and two sets of eigenvalues, if more.
+
+    Args:
+        layer: The layer.
+        dtype: Of covariances and eigenvalues.
+        work: Of eigenvectors.
+    """
+    covariances, vectors, values = _entries(layer)
+    return max(covariances * dtype.itemsize, vectors * work.itemsize + 2 * values * dtype.itemsize)
+
+
+def basis_bytes(layer: Layer, dtype: torch.dtype, work: torch.dtype) -> int:
+    """What eigenvectors and eigenvalues of a layer take in these precisions."""
+    _, vectors, values = _entries(layer)
+    return vectors * work.itemsize + values * dtype.itemsize
+
+
+def cubes(layer: Layer) -> int:
+    """Of the widths of its covariances, to which eigendecompositions are in proportion."""
     groups, outputs, columns = layer.form.places.shape
-    inputs = columns if layer.form.one_hot else columns**2
-    covariances = groups * (outputs**2 + inputs)
-    vectors = groups * (outputs**2 + (0 if layer.form.one_hot else inputs))
-    return max(covariances, vectors + prod(layer.form.places.shape)) * torch.finfo(dtype).bits // 8
+    return groups * (outputs**3 + (0 if layer.form.one_hot else columns**3))
+
+
+def _entries(layer: Layer) -> tuple[int, int, int]:
+    """Of covariances, of eigenvectors and of eigenvalues."""
+    groups, outputs, columns = layer.form.places.shape
+    one_hot = layer.form.one_hot
+    covariances = groups * (outputs**2 + (columns if one_hot else columns**2))
+    vectors = groups * (outputs**2 + (0 if one_hot else columns**2))
+    return covariances, vectors, prod(layer.form.places.shape)
 
 
 def grouped(
-    layers: Sequence[Layer], partitions: int | Literal["auto"], budget: int, dtype: torch.dtype
+    layers: Sequence[Layer],
+    partitions: int | Literal["auto"],
+    budget: int,
+    dtype: torch.dtype,
+    work: torch.dtype,
 ) -> list[Sequence[Layer]]:
     """The layers in their order, in at most so many groups; or in as few as are within ``budget`` bytes each.
 
     Of all ways of cutting them, one whose largest group is the smallest. Neighbours are kept together, since a
     pass for the last layers of a model goes back through these alone.
     """
-    sizes = [factor_bytes(layer, dtype) for layer in layers]
+    sizes = [factor_bytes(layer, dtype, work) for layer in layers]
     if not sizes:
         return []
     if partitions == "auto":

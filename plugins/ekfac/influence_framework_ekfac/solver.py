@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Generic, Literal, TypeVar, cast
 
@@ -15,15 +15,17 @@ from tqdm import tqdm
 
 from influence_framework.errors import InvalidInputError, MissingCapabilityError
 from influence_framework.layers import Cover, Layer, LayerBatch, Samples
-from influence_framework.protocols import Diagonal, LayerStatistics, LinearOperator, SavedState
+from influence_framework.protocols import Diagonal, LayerStatistics, LinearOperator, Needs, SavedState
 from influence_framework_ekfac.inverse import EkfacInverse, EkfacLayer
-from influence_framework_ekfac.partitions import grouped
+from influence_framework_ekfac.partitions import basis_bytes, cubes, factor_bytes, grouped
 from influence_framework_ekfac.statistics import (
     Covariances,
     Eigenbasis,
     SecondMoments,
     WeightSharing,
     compute_dtype,
+    identity,
+    seconds_of_eigh,
 )
 from influence_framework_ekfac.storage import (
     DEVICE,
@@ -237,9 +239,57 @@ class KroneckerSolver:
     ) -> dict[Layer, Eigenbasis | Stored]:
         """The bases of all layers, put away group by group: no other group's factors are held beside one's."""
         found: dict[Layer, Eigenbasis | Stored] = {}
-        for group in grouped(layers, self.partitions, self.memory_budget, self.dtype):
+        for group in self._groups(layers, dtype):
             found |= self._put_away(operator, group, dtype)
         return found
+
+    def _groups(self, layers: Sequence[Layer], work: torch.dtype) -> list[Sequence[Layer]]:
+        return grouped(layers, self.partitions, self.memory_budget, self.dtype, work)
+
+    def needs(self, operators: Mapping[str, LinearOperator]) -> Needs:
+        """What a fit takes: exactly, but for the workspace of an eigendecomposition.
+
+        Raises:
+            InvalidInputError: As :meth:`fit`.
+        """
+        work = compute_dtype(next(iter(operators.values())).dtype)
+        layers = [layer for operator in operators.values() for layer in self._cover(operator).layers]
+        groups = self._groups(layers, work)
+        vectors, values = self.storage_dtype or work, self.storage_dtype or self.dtype
+        put_away = [sum(basis_bytes(layer, values, vectors) for layer in group) for group in groups]
+        peak = before = 0
+        for group, kept in zip(groups, put_away, strict=True):
+            peak = max(peak, before + sum(factor_bytes(layer, self.dtype, work) for layer in group))
+            before += kept if self.storage == DEVICE else 0
+        return Needs(
+            passes=(1 + self.refits) * len(groups),
+            peak=peak,
+            device=before,
+            host=sum(put_away) if self.storage == HOST else 0,
+            disk=sum(put_away) if self.storage not in (DEVICE, HOST) else 0,
+        )
+
+    def trial(self, operators: Mapping[str, LinearOperator]) -> float:
+        """All passes of a fit, with identities for eigenvectors: these are timed on a small matrix."""
+        if self.progress:
+            return replace(self, progress=False).trial(operators)
+        first = next(iter(operators.values()))
+        statistics, work = cast(LayerStatistics, first), compute_dtype(first.dtype)
+        layers = [layer for operator in operators.values() for layer in self._cover(operator).layers]
+        for group in self._groups(layers, work):
+            self._summed(
+                statistics,
+                {x: partial(Covariances, x, self.weight_sharing, self.dtype) for x in group},
+                "Covariances",
+            )
+            if self.refits:
+                bases = {x: identity(x, work, self.dtype) for x in group}
+                self._summed(
+                    statistics,
+                    {x: partial(SecondMoments, basis, self.memory_budget) for x, basis in bases.items()},
+                    "Eigenvalues",
+                )
+        return seconds_of_eigh(self.dtype, first.device) * sum(map(cubes, layers))
 
     def _put_away(
         self, operator: LayerStatistics, layers: Sequence[Layer], dtype: torch.dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -235,6 +236,34 @@ def _eigh(covariance: Float[Tensor, "g i i"], what: str) -> tuple[Float[Tensor, 
     values, vectors = torch.linalg.eigh(covariance)
     # Covariances have no negative eigenvalues but for rounding.
     return values.clamp_min(0), vectors
+
+
+TRIAL_WIDTH = 256
+"""Of the matrix whose eigendecomposition is timed: from there on the cost grows with the cube at most."""
+
+
+def seconds_of_eigh(dtype: torch.dtype, device: torch.device) -> float:
+    """What an eigendecomposition takes, divided by the cube of the width; wider ones take somewhat less."""
+    matrix = torch.diag(torch.arange(TRIAL_WIDTH, dtype=dtype, device=device)) + 1
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        # A number of it, for which an accelerator has to be done.
+        float(torch.linalg.eigh(matrix)[0][0])
+        seconds.append(time.perf_counter() - start)
+    return min(seconds) / TRIAL_WIDTH**3
+
+
+def identity(layer: Layer, dtype: torch.dtype, precise: torch.dtype) -> Eigenbasis:
+    """A basis of the layer's shape."""
+    groups, outputs, columns = layer.form.places.shape
+    device = layer.form.places.device
+
+    def vectors(width: int) -> Float[Tensor, "g i i"]:
+        return torch.eye(width, dtype=dtype, device=device).repeat(groups, 1, 1)
+
+    values = torch.zeros(groups, outputs, columns, dtype=precise, device=device)
+    return Eigenbasis(vectors(outputs), None if layer.form.one_hot else vectors(columns), values)
 
 
 class SecondMoments:

@@ -268,7 +268,14 @@ def test_no_more_than_one_group_of_factors_is_held(monkeypatch: pytest.MonkeyPat
         counter.most = 0
         model = compose(instance, partitions=partitions, storage=storage)
         assert counter.most == layers * one
-        del model
+        # What is foretold is what is held.
+        operators = {name: block.operator for name, block in model.fitted.blocks.items()}
+        needs = cast(EkfacSolver, model.solver).needs(operators)
+        assert (needs.passes, needs.peak) == (2 * partitions, layers * one)
+        inverse = cast(EkfacInverse, model.inverses["full"])
+        kept = sum(sum(p.nbytes for p in x.basis.tensors().values()) for x in inverse.layers.values())
+        assert (needs.device, needs.host, needs.disk) == ((kept, 0, 0) if partitions == 1 else (0, 0, kept))
+        del model, inverse, operators
 
 
 def test_a_pass_puts_hooks_on_the_layers_of_its_group_alone() -> None:
@@ -297,23 +304,30 @@ def square(width: int) -> Layer:
     return Layer("", {"": FORMS[nn.Linear](nn.Linear(width, width, bias=False), {"weight": places})}, {})
 
 
+def size_of(layer: Layer) -> int:
+    return factor_bytes(layer, torch.float64, torch.float64)
+
+
+def groups_of(layers: list[Layer], partitions: Any, budget: int = 1) -> list[Any]:
+    return grouped(layers, partitions, budget, torch.float64, torch.float64)
+
+
 def test_groups_are_neighbours_and_the_largest_is_as_small_as_can_be() -> None:
     layers = [square(width) for width in (1, 9, 2, 2, 8, 1, 5)]
-    sizes = [factor_bytes(layer, torch.float64) for layer in layers]
-    assert sizes[1] == 3 * 81 * 8
+    sizes = list(map(size_of, layers))
+    assert sizes[1] == 4 * 81 * 8
     for partitions in range(1, 9):
-        groups = grouped(layers, partitions, 1, torch.float64)
+        groups = groups_of(layers, partitions)
         assert [layer for group in groups for layer in group] == layers
         assert len(groups) <= partitions
-        largest = max(sum(factor_bytes(layer, torch.float64) for layer in group) for group in groups)
-        assert largest == best(sizes, partitions)
+        assert max(sum(map(size_of, group)) for group in groups) == best(sizes, partitions)
     for budget in (1, sizes[1] + sizes[0], sum(sizes)):
-        groups = grouped(layers, "auto", budget, torch.float64)
-        held = [sum(factor_bytes(layer, torch.float64) for layer in group) for group in groups]
+        groups = groups_of(layers, "auto", budget)
+        held = [sum(map(size_of, group)) for group in groups]
         assert all(size <= budget or len(group) == 1 for size, group in zip(held, groups, strict=True))
         following = zip(held, groups[1:], strict=False)
-        assert all(size + factor_bytes(group[0], torch.float64) > budget for size, group in following)
-    assert grouped([], 3, 1, torch.float64) == []
+        assert all(size + size_of(group[0]) > budget for size, group in following)
+    assert groups_of([], 3) == []
 
 
 def best(sizes: list[int], partitions: int) -> int:
