@@ -135,7 +135,7 @@ def _of_fit(model: TorchInfluenceFunctionModel, train: Iterable[Any]) -> Plan:
         what=f"Fit of {type(solver).__name__} to {count} samples",
         passes=needs.passes or None,
         seconds=seconds,
-        peak=_beside(problem, len(parts)) + (size if size <= model.memory_budget else 0) + needs.peak,
+        peak=_beside(problem, len(parts), count) + (size if size <= model.memory_budget else 0) + needs.peak,
         held=needs.peak,
         host=needs.host,
         disk=needs.disk,
@@ -173,7 +173,7 @@ def _of_scores(
         what=what,
         passes=passes,
         seconds=seconds,
-        peak=_beside(problem, len(fitted.blocks)) + held + left.device,
+        peak=_beside(problem, len(fitted.blocks), columns) + held + left.device,
         held=held + left.device,
         host=left.host + (0 if store else kept),
         disk=left.disk + (kept if store else 0),
@@ -194,11 +194,11 @@ def _of_pairs(fitted: Fitted, tests: Block, block: Block, rows: int, columns: in
     return rows * solved + columns * (passes * taken[0] + (rows - passes) * further)
 
 
-def _beside(problem: Problem, blocks: int) -> int:
+def _beside(problem: Problem, blocks: int, samples: int) -> int:
     """Bytes of parameters and buffers, of the parameters' places in the flat vector, and of a batch at work."""
     tensors = [*problem.model.parameters(), *problem.model.buffers()]
     places = 8 * problem.parameters.numel * (1 if blocks == 1 else 2)
-    batch = min(problem.memory_budget, 8 * problem.sample_bytes * problem.max_batch)
+    batch = min(problem.memory_budget, 8 * problem.sample_bytes * min(samples, problem.max_batch))
     return sum(tensor.nbytes for tensor in tensors) + places + batch
 
 

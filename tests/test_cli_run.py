@@ -127,6 +127,21 @@ def test_scores_are_those_of_the_library(
     assert re.search(r"\[\d\d:\d\d<\d\d:\d\d", said.err), "and tells the time left"
 
 
+def test_a_plan_is_printed_before_the_fit_and_before_the_scores(
+    config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = config(name='name = "ekfac"\npartitions = 2')
+    assert main(["run", str(path), "--no-progress"]) == 0
+    said = capsys.readouterr().err.splitlines()
+    starts = [line for line in said if line.startswith(("Fit", "Scores"))]
+    assert starts == [
+        "Fitting EkfacSolver to the training data …",
+        "Fit of EkfacSolver to 60 samples: 4 passes over the training data.",
+        "Scores of 60 training points with 4 test points, 4 of these at a time: 1 pass over the training data.",
+    ]
+    assert len([line for line in said if re.match(r"  (time     about|memory|disk) ", line)]) == 6
+
+
 def test_without_progress_nothing_but_the_summary_is_shown(
     config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
