@@ -23,6 +23,7 @@ from influence_framework_ekfac.scores import (
     Unrotated,
     Weighted,
     join_sides,
+    join_weighted,
     own_scores,
     pair_scores,
     side_of,
@@ -182,7 +183,7 @@ class EkfacInverse(Inverse):
             factors = turned.to(self.score_dtype or basis.dtype)
         else:
             factors = side.weighted(spectral)
-        return Weighted(factors, (self.regularization, self.definite))
+        return Weighted((factors,), (self.regularization, self.definite))
 
     def join(self, sides: Sequence[Sides]) -> Sides:
         """Several batches as one."""
@@ -201,8 +202,9 @@ class EkfacInverse(Inverse):
         found = [one.layers.get(name) or nothing(one.size) for one in sides]
         if not any(isinstance(side, Weighted) for side in found):
             return join_sides([side for side in found if not isinstance(side, Weighted)], basis)
-        weighted = [side if isinstance(side, Weighted) else self._weighted(name, side) for side in found]
-        return Weighted(torch.cat([side.factors for side in weighted]), weighted[0].key)
+        return join_weighted(
+            [side if isinstance(side, Weighted) else self._weighted(name, side) for side in found]
+        )
 
     def scores(self, test: Sides, train: Sides) -> Float[Tensor, "m n"]:
         """``g_mᵀ (C + λI)⁻¹ g_n`` of every pair.

@@ -34,6 +34,10 @@ FORMED, TURNED = 24, 64
 """What it costs, in multiplications, to write an entry of a gradient; of a pair and to read it again."""
 
 
+JOINED_BYTES = 2**26
+"""Factors of test points that are copied together, in order that products have more rows."""
+
+
 @dataclass(frozen=True, eq=False)
 class Positions:
     """Samples of one side, rotated.
@@ -226,22 +230,35 @@ class Weighted:
     """Samples of the test side in the layer's own coordinates, with one filter applied and nothing else kept.
 
     Attributes:
-        factors: ``Q_G (D ∘ Q_Gᵀ G Q_A) Q_Aᵀ``, flattened, ``(n, g·o·e)``.
+        factors: ``Q_G (D ∘ Q_Gᵀ G Q_A) Q_Aᵀ``, flattened, ``(n, g·o·e)``, in parts that are never held twice.
         key: Of the filter.
     """
 
-    factors: Float[Tensor, "n goe"]
+    factors: tuple[Float[Tensor, "_n goe"], ...]
     key: Hashable
 
     @property
     def size(self) -> int:
         """``n``."""
-        return self.factors.shape[0]
+        return sum(map(len, self.factors))
 
     @property
     def nbytes(self) -> int:
         """Memory held."""
-        return self.factors.nbytes
+        return sum(part.nbytes for part in self.factors)
+
+
+def join_weighted(sides: Sequence[Weighted]) -> Weighted:
+    """Several batches as one: parts that are small as one part, for products of more rows."""
+    waiting: list[Tensor] = []
+    parts: list[Tensor] = []
+    for part in (part for side in sides for part in side.factors):
+        if waiting and sum(x.nbytes for x in waiting) + part.nbytes > JOINED_BYTES:
+            parts.append(torch.cat(waiting) if len(waiting) > 1 else waiting[0])
+            waiting = []
+        waiting.append(part)
+    parts.append(torch.cat(waiting) if len(waiting) > 1 else waiting[0])
+    return Weighted(tuple(parts), sides[0].key)
 
 
 Side = Positions | Unrotated | Unformed
@@ -345,12 +362,12 @@ def weighted_scores(
     test: Weighted, train: Side, basis: Eigenbasis | Stored, budget: int
 ) -> Float[Tensor, "m n"]:
     """:func:`pair_scores` of samples with their filter applied: one product with each training gradient."""
-    factors = test.factors
-    step = _samples(budget, 2 * factors.shape[1] * factors.element_size())
+    like = test.factors[0]
     found = []
-    for part in _parts(train, step):
+    for part in _parts(train, _samples(budget, 2 * like.shape[1] * like.element_size())):
         own = basis.load().rotate_back(part.gradients()) if isinstance(part, Positions) else part.formed()
-        found.append(factors @ own.flatten(1).T.to(factors.dtype))
+        columns = own.flatten(1).T.to(like.dtype)
+        found.append(torch.cat([factors @ columns for factors in test.factors]))
     return torch.cat(found, dim=1)
 
 

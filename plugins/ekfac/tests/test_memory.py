@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from influence_framework_ekfac import EkfacInverse, EkfacSolver, KfacSolver
+from influence_framework_ekfac import EkfacInverse, EkfacSolver, KfacSolver, scores
 from influence_framework_ekfac.partitions import factor_bytes, grouped
 from influence_framework_ekfac.scores import Positions, Weighted
 from influence_framework_ekfac.statistics import Covariances, Eigenbasis, SecondMoments
@@ -160,10 +160,25 @@ def test_test_points_are_held_once_and_in_their_precision() -> None:
         for _, sides in scorer.prepared(test):
             weighted = [part for part in parts_of(sides) if isinstance(part, Weighted)]
             assert weighted
-            assert all(part.nbytes == part.factors.numel() * dtype.itemsize for part in weighted)
+            numbers = [sum(factors.numel() for factors in part.factors) for part in weighted]
+            assert [part.nbytes for part in weighted] == [count * dtype.itemsize for count in numbers]
             assert {type(part) for part in parts_of(sides)} <= {Weighted, Positions}
         for _, sides in scorer.prepared(test, weigh=False):
             assert Weighted not in {type(part) for part in parts_of(sides)}
+
+
+def test_large_factors_are_never_held_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They stay in their parts, of which the small ones are copied together."""
+    parts = [torch.full((2, 4), float(n)) for n in range(5)]
+    sides = [Weighted((part,), 0) for part in parts]
+    for limit, sizes in ((1, [2, 2, 2, 2, 2]), (2 * parts[0].nbytes, [4, 4, 2]), (2**20, [10])):
+        monkeypatch.setattr(scores, "JOINED_BYTES", limit)
+        joined = scores.join_weighted(sides)
+        assert [len(part) for part in joined.factors] == sizes
+        assert joined.size == 10
+        assert torch.equal(torch.cat(joined.factors), torch.cat(parts))
+        if limit == 1:
+            assert all(mine is theirs for mine, theirs in zip(joined.factors, parts, strict=True))
 
 
 def test_sides_of_all_forms_are_joined_and_scored_alike() -> None:
