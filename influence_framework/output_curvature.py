@@ -60,6 +60,9 @@ class OutputCurvature(ABC):
         products = _Products(objective, outputs, batch)
         # The class dimension is the second for the losses of torch, the last for most others.
         axes = sorted({1, outputs.ndim - 1})
+        if outputs.ndim == 3:
+            # A vocabulary is longer than a sequence, and a wrong guess costs as much as the right one.
+            axes.sort(key=lambda axis: -outputs.shape[axis])
         categorical = (Categorical.fit(products, axis) for axis in axes)
         return Elementwise.fit(products) or next(filter(None, categorical), None) or Dense.fit(products)
 
