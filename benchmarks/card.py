@@ -14,6 +14,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,7 +124,7 @@ def timed(work: Callable[[], object], device: torch.device) -> tuple[float, int]
     return time.perf_counter() - start, torch.cuda.max_memory_allocated() if cuda else 0
 
 
-def measured(setting: Setting, budget: int) -> Iterator[str]:
+def measured(setting: Setting, budget: int, options: dict[str, Any]) -> Iterator[str]:
     """One row for the fit and one for all scores."""
     card = torch.cuda.get_device_name() if setting.device.type == "cuda" else "CPU"
     peak = rate(setting.device, setting.dtype, 8192 if setting.device.type == "cuda" else 1024)
@@ -143,7 +144,7 @@ def measured(setting: Setting, budget: int) -> Iterator[str]:
     model = inf.compose(
         net,
         "causal_lm",
-        solver={"name": "ekfac", "dtype": torch.float32, "memory_budget": budget // 8},
+        solver={"name": "ekfac", "dtype": torch.float32, "memory_budget": budget // 8, **options},
         blocks="per_layer",
         hessian_regularization=inf.RelativeRegularization(0.1),
         memory_budget=budget,
@@ -178,10 +179,18 @@ def main() -> None:
     sizes = {"blocks": 12, "width": 768, "vocabulary": 50257, "length": 512, "train": 4000, "queries": 400}
     for name, default in {**sizes, "batch": 16}.items():
         parser.add_argument(f"--{name}", default=default, type=int)
+    parser.add_argument("--partitions", default=1, type=int, help="groups of layers")
+    parser.add_argument("--storage", default="device", help="of eigenvectors: device, host or a folder")
+    for name in ("storage-dtype", "score-dtype"):
+        parser.add_argument(f"--{name}", choices=("bfloat16", "float32"), help="as the option of 'ekfac'")
     given = vars(parser.parse_args())
+    options = {name: given.pop(name) for name in ("partitions", "storage")}
+    for name in ("storage_dtype", "score_dtype"):
+        chosen = given.pop(name)
+        options[name] = None if chosen is None else getattr(torch, chosen)
     torch.set_float32_matmul_precision(given.pop("precision"))
     budget, dtype = given.pop("budget"), getattr(torch, given.pop("dtype"))
-    for line in measured(Setting(**given, dtype=dtype), budget):
+    for line in measured(Setting(**given, dtype=dtype), budget, options):
         print(line, flush=True)
 
 

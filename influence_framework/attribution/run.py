@@ -133,9 +133,12 @@ class _Run:
 
     @property
     def dtype(self) -> np.dtype[Any]:
+        return torch.empty(0, dtype=self._precision).numpy().dtype
+
+    @property
+    def _precision(self) -> torch.dtype:
         # NumPy has no bfloat16, and a score of half precision would hardly have two digits.
-        dtype = torch.promote_types(self.fitted.problem.parameters.dtype, torch.float32)
-        return torch.empty(0, dtype=dtype).numpy().dtype
+        return torch.promote_types(self.fitted.problem.parameters.dtype, torch.float32)
 
     def manifest(self) -> dict[str, Any]:
         """What the scores are of."""
@@ -178,7 +181,7 @@ class _Run:
                     continue
                 job = self._job(points, log)
                 for block, computed in self.executor.run(job, self._blocks(train, set(wanted))):
-                    collector.add(rows, block.columns, computed.values.cpu().numpy())
+                    collector.add(rows, block.columns, computed.values.to("cpu", self._precision).numpy())
                     log.absorb(computed.report)
                     bar.update(count * len(block))
                     if store is not None:
