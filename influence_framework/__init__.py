@@ -96,13 +96,15 @@ from influence_framework.registry import (
     solvers,
 )
 from influence_framework.regularization import RelativeRegularization
-from influence_framework.reports import BlockReport, SolveReport
+from influence_framework.reporting import report
+from influence_framework.reports import BlockReport, BlockTotals, SolveReport
 
 __all__ = [
     "PLUGIN_API_VERSION",
     "BlockDiagonalOperator",
     "BlockPreflight",
     "BlockReport",
+    "BlockTotals",
     "Blocks",
     "BoundedScores",
     "CausalLM",
@@ -184,6 +186,7 @@ __all__ = [
     "load",
     "objectives",
     "register_layer",
+    "report",
     "solvers",
     "to_scipy",
 ]
