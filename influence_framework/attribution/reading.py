@@ -134,12 +134,12 @@ class Stored:
 def extremes(scores: Array, positions: Array, count: int) -> tuple[list[int], list[int]]:
     """Where the largest positive and the smallest negative scores stand, at most ``count`` of each.
 
-    Of equal scores the one of the earlier point counts as the more extreme; what is not a number is neither.
+    Of equal scores the one of the earlier point counts as the more extreme; what is not finite is neither.
     """
     order = np.lexsort((positions, -scores))
-    helpful = order[scores[order] > 0][:count]
+    helpful = order[(scores[order] > 0) & np.isfinite(scores[order])][:count]
     order = np.lexsort((positions, scores))
-    harmful = order[scores[order] < 0][:count]
+    harmful = order[(scores[order] < 0) & np.isfinite(scores[order])][:count]
     return helpful.tolist(), harmful.tolist()
 
 

@@ -42,8 +42,10 @@ class Points:
             computed from. An entry is a picture (a PIL image, or a tensor or array ``(H, W)``, ``(C, H, W)`` or
             ``(H, W, C)``), a text, a row (a mapping from column to value, or numbers), or the tokens of a
             sequence (strings; or ids, with ``decode``). ``None`` shows identifiers alone.
-        labels: What each point is, in a word or two. Left out with a loader, targets that are single numbers.
-        marks: What is to be noted about some points, such as a label known to be wrong; ``None`` for others.
+        labels: A sequence that says what each point is, in a word or two. Left out with a loader, targets that
+            are single numbers.
+        marks: A sequence of what is to be noted about some points, such as a label known to be wrong; ``None``
+            for others.
         kind: What the entries are: ``"picture"``, ``"text"``, ``"tokens"`` or ``"row"``. Left out, what the
             first one looks like.
         columns: Names of the columns of rows that have none.
@@ -53,8 +55,8 @@ class Points:
     """
 
     data: Any = None
-    labels: Sequence[Any] | None = field(default=None, kw_only=True)
-    marks: Sequence[str | None] | None = field(default=None, kw_only=True)
+    labels: Any = field(default=None, kw_only=True)
+    marks: Any = field(default=None, kw_only=True)
     kind: Kind | None = field(default=None, kw_only=True)
     columns: Sequence[str] | None = field(default=None, kw_only=True)
     decode: Callable[[int], str] | None = field(default=None, kw_only=True)

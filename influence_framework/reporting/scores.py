@@ -180,7 +180,8 @@ def extract(stored: Stored, count: int, ranked: int) -> Extract:
         scores, positions = stored.row(test)
         tests.append(both(scores, positions, count))
         if stored.matrix is not None:
-            total += scores
+            with np.errstate(invalid="ignore"):
+                total += scores
     overall = None
     if stored.matrix is not None and len(tests) > 1:
         overall = both(total / len(tests), np.arange(len(total)), ranked)

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from influence_framework.attribution.outputs import Array
 from influence_framework.attribution.reading import Stored
 from influence_framework.errors import InvalidInputError
 
-TokenScores = Tensor | Callable[[int, list[int]], Any]
+TokenScores = Tensor | Array | Callable[[int, list[int]], Any]
 """Of pairs ``(n_test, n_train, T)``; or a function of a test point and ``k`` training points, ``(k, T)``."""
 
 LEVELS = 9
@@ -47,7 +48,9 @@ def levels(
     largest = max((float(np.abs(part).max()) for part in parts if part.size), default=0.0)
     if not np.isfinite(largest):
         raise InvalidInputError(f"token_scores of test point {test} are not finite.")
-    return ["".join(map(_code, np.rint(LEVELS * part / (largest or 1.0)).astype(int))) for part in parts]
+    return [
+        "".join(map(_code, np.rint(LEVELS * part / (largest or 1.0)).astype(int).tolist())) for part in parts
+    ]
 
 
 def _rows(scores: TokenScores, test: int, positions: list[int], pairs: tuple[int, int]) -> Any:
