@@ -74,12 +74,13 @@ class TestScores:
 
     def test_what_is_not_finite_is_counted_and_in_no_ranking(self) -> None:
         scores = SCORES.clone()
-        scores[0, 0], scores[0, 4] = float("nan"), -float("inf")
+        scores[0, 0], scores[0, 4], scores[1, 2] = float("nan"), -float("inf"), float("inf")
         page = report(scores)
         assert [identifier for identifier, _ in shown(page, "up")] == ["3"]
         assert [identifier for identifier, _ in shown(page, "down")] == ["1"]
-        assert "2 scores are not finite (NaN or infinity), and in no ranking" in said(page.html)
-        assert "8 scores from −2.00 to +2.00" in said(page.html)
+        assert shown(page, "up", 1)[0] == ("0", "+0.500")
+        assert "3 scores are not finite (NaN or infinity), and in no ranking" in said(page.html)
+        assert "7 scores from −2.00 to +2.00" in said(page.html)
 
     def test_nothing_finite(self) -> None:
         page = report(torch.full((2, 3), float("nan")))
