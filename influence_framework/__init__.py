@@ -101,13 +101,15 @@ from influence_framework.registry import (
     solvers,
 )
 from influence_framework.regularization import RelativeRegularization
-from influence_framework.reports import BlockReport, SolveReport
+from influence_framework.reporting import report
+from influence_framework.reports import BlockReport, BlockTotals, SolveReport
 
 __all__ = [
     "PLUGIN_API_VERSION",
     "BlockDiagonalOperator",
     "BlockPreflight",
     "BlockReport",
+    "BlockTotals",
     "Blocks",
     "BoundedScores",
     "CausalLM",
@@ -195,6 +197,7 @@ __all__ = [
     "objectives",
     "plan",
     "register_layer",
+    "report",
     "solvers",
     "to_scipy",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -115,23 +115,83 @@ class BlockReport:
                 float(self.seconds[i]),
             )
 
-    def summary(self) -> tuple[str, ...]:
-        """The cells of this block's line in a table."""
-        if not len(self):
-            return (self.block, f"{self.regularization:.3g}", self.solver, "0", "0", "", "", "", "")
+    def totals(self) -> BlockTotals:
+        """All right-hand sides in few numbers."""
         measured = self.residual[~self.residual.isnan()]
         low, high = self.curvature[:, 0], self.curvature[:, 1]
-        seen = f"{low.nan_to_num(torch.inf).min():.3g} to {high.nan_to_num(-torch.inf).max():.3g}"
+        seen = bool(len(self)) and not bool(low.isnan().all())
+        return BlockTotals(
+            block=self.block,
+            regularization=self.regularization,
+            solver=self.solver,
+            solved=len(self),
+            failed=int((~self.converged).sum()),
+            iterations=int(self.iterations.max()) if len(self) else 0,
+            residual=float(measured.max()) if len(measured) else None,
+            curvature=(
+                (float(low.nan_to_num(torch.inf).min()), float(high.nan_to_num(-torch.inf).max()))
+                if seen
+                else None
+            ),
+            seconds=float(self.seconds.sum()),
+        )
+
+    def summary(self) -> tuple[str, ...]:
+        """The cells of this block's line in a table."""
+        return self.totals().cells()
+
+
+@dataclass(frozen=True)
+class BlockTotals:
+    """What came of all right-hand sides of one block at one λ.
+
+    Attributes:
+        block: Name of the block.
+        regularization: λ.
+        solver: Name of the solver's class.
+        solved: How many right-hand sides there were.
+        failed: How many of them are not what the solver promises.
+        iterations: The most that one took.
+        residual: The largest true relative residual; ``None`` where none was measured.
+        curvature: The smallest and the largest that was seen; ``None`` where none was.
+        seconds: Wall-clock time of all.
+    """
+
+    block: str
+    regularization: float
+    solver: str
+    solved: int
+    failed: int
+    iterations: int
+    residual: float | None
+    curvature: tuple[float, float] | None
+    seconds: float
+
+    def __add__(self, other: BlockTotals) -> BlockTotals:
+        """Of the right-hand sides of both."""
+        residuals = [total.residual for total in (self, other) if total.residual is not None]
+        seen = [total.curvature for total in (self, other) if total.curvature is not None]
+        return replace(
+            self,
+            solved=self.solved + other.solved,
+            failed=self.failed + other.failed,
+            iterations=max(self.iterations, other.iterations),
+            residual=max(residuals, default=None),
+            curvature=(min(low for low, _ in seen), max(high for _, high in seen)) if seen else None,
+            seconds=self.seconds + other.seconds,
+        )
+
+    def cells(self) -> tuple[str, ...]:
+        """The line in a table, under :data:`SUMMARY`."""
+        start = (self.block, f"{self.regularization:.3g}", self.solver, str(self.solved), str(self.failed))
+        if not self.solved:
+            return (*start, "", "", "", "")
         return (
-            self.block,
-            f"{self.regularization:.3g}",
-            self.solver,
-            str(len(self)),
-            str(int((~self.converged).sum())),
-            str(int(self.iterations.max())),
-            f"{measured.max():.1e}" if len(measured) else "not measured",
-            "not seen" if low.isnan().all() else seen,
-            f"{self.seconds.sum():.3f}",
+            *start,
+            str(self.iterations),
+            "not measured" if self.residual is None else f"{self.residual:.1e}",
+            "not seen" if self.curvature is None else "{:.3g} to {:.3g}".format(*self.curvature),
+            f"{self.seconds:.3f}",
         )
 
 

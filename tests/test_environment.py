@@ -36,7 +36,8 @@ def requirements() -> set[str]:
     for parsed in (PROJECT, *PLUGINS):
         asked += parsed["build-system"]["requires"]
         asked += parsed["project"]["dependencies"]
-    asked += PROJECT["project"]["optional-dependencies"]["demo"]
+    for extra in ("demo", "report"):
+        asked += PROJECT["project"]["optional-dependencies"][extra]
     for group in PROJECT["dependency-groups"].values():
         asked += group
     return {normal(requirement) for requirement in asked} - {"influence-framework"}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
 from tests.distributions import ROOT
+from tests.pages import check_self_contained, content
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,32 @@ def test_bm25_prefers_rare_words_and_more_of_them(example: ModuleType) -> None:
     assert torch.allclose(scores, torch.tensor([2 * one, two, 0.0, two]))
 
 
-def test_influence_finds_facts_that_chance_does_not(example: ModuleType) -> None:
-    found = example.run(facts=3, copies=4, others=40, width=16, steps=200)
+def test_influence_finds_facts_that_chance_does_not(example: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    found = example.run(facts=3, copies=4, others=40, width=16, steps=200, report=path)
     assert list(found) == ["ekfac", "grad-dot", "bm25", "random"]
     assert found["ekfac"] >= 2 * found["random"] + 0.25
+    check_page(path.read_text(encoding="utf-8"), example)
+
+
+def check_page(html: str, example: ModuleType) -> None:
+    """Documents are marked where they say a fact, and the words that say it add the most to their scores."""
+    check_self_contained(html)
+    data = content(html)
+    made = example.corpus(3, 4, 40, 0)
+    assert [case["item"] for case in data["tests"]] == [
+        [f"{word} " for word in prompt + answer] for prompt, answer in made.questions
+    ]
+    said = lit = 0
+    for fact, (case, planted) in enumerate(zip(data["tests"], made.planted, strict=True)):
+        for place, _, _, levels in case["up"]:
+            document = data["train"][place]
+            assert document["item"] == [f"{word} " for word in made.documents[int(document["id"])]]
+            assert len(levels) == len(document["item"])
+            if int(document["id"]) in planted:
+                assert document["mark"] == f"says fact {fact}"
+                said += 1
+                # The seventh word is the answer; digits are levels above zero.
+                lit += levels[6] == max(level for level in levels if level.isdigit())
+    assert said >= 6
+    assert lit >= said - 2

@@ -12,6 +12,9 @@ each fact, documents are ranked by
 and recall@10 is the part of the fact's documents that is among the first ten. Run it with::
 
     python examples/planted_facts/planted_facts.py
+
+With ``--report PATH`` it also writes a page with the documents behind each answer, their words coloured by what
+they add to the score.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import argparse
 import importlib
 import inspect
 import math
+import os
 import random
 import re
 from collections import Counter
@@ -31,6 +35,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import influence_framework as inf
+from influence_framework.reporting import Page, Points
 
 MODULES = (
     "json",
@@ -154,10 +159,47 @@ def recall(scores: Tensor, planted: Sequence[set[int]], count: int = 10) -> floa
     return sum(len(top & true) / len(true) for top, true in zip(found, planted, strict=True)) / len(planted)
 
 
+def page(
+    model: inf.TorchInfluenceFunctionModel,
+    made: Corpus,
+    questions: dict[str, Tensor],
+    documents: dict[str, Tensor],
+    scores: Tensor,
+) -> Page:
+    """The documents behind each answer, every word coloured by what it adds to the score of its document."""
+    solves = model.report
+
+    def of_words(question: int, shown: list[int]) -> Tensor:
+        one = {name: tensor[question : question + 1] for name, tensor in questions.items()}
+        return model.token_influences(one, x={"input_ids": documents["input_ids"][shown]})[0]
+
+    def spaced(words: Words) -> Words:
+        return [f"{word} " for word in words]
+
+    says = {at: fact for fact, positions in enumerate(made.planted) for at in positions}
+    marks = [f"says fact {says[at]}" if at in says else None for at in range(len(made.documents))]
+    return inf.report(
+        scores,
+        test=Points([spaced(prompt + answer) for prompt, answer in made.questions]),
+        train=Points([spaced(words) for words in made.documents], marks=marks),
+        token_scores=of_words,
+        model=model,
+        solves=solves,
+        title="Which documents taught it where things are hidden?",
+    )
+
+
 def run(
-    *, facts: int = 6, copies: int = 4, others: int = 150, width: int = 32, steps: int = 150, seed: int = 0
+    *,
+    facts: int = 6,
+    copies: int = 4,
+    others: int = 150,
+    width: int = 32,
+    steps: int = 150,
+    seed: int = 0,
+    report: str | os.PathLike[str] | None = None,
 ) -> dict[str, float]:
-    """Recall@10 of every ranking."""
+    """Recall@10 of every ranking; the page of the first of them goes to ``report``."""
     made = corpus(facts, copies, others, seed)
     vocabulary = {word: i for i, word in enumerate(sorted({word for one in made.documents for word in one}))}
     documents = {"input_ids": torch.tensor([[vocabulary[word] for word in one] for one in made.documents])}
@@ -177,8 +219,11 @@ def run(
     batches = [{"input_ids": part} for part in documents["input_ids"].split(64)]
     model.fit(batches)
     questions = {"input_ids": ids, "labels": labels}
+    scores = model.influences(questions, x=documents)
+    if report is not None:
+        page(model, made, questions, documents, scores).save(report)
     found = {
-        "ekfac": model.influences(questions, x=documents),
+        "ekfac": scores,
         # With λ far above the curvature, the inverse is a multiple of the identity.
         "grad-dot": model.with_regularization(inf.RelativeRegularization(1e6)).influences(
             questions, x=documents
@@ -193,7 +238,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Recall of planted facts, the mean over several corpora.")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--report", metavar="PATH", help="where a page about the first corpus goes")
     arguments = parser.parse_args()
-    runs = [run(seed=seed, steps=arguments.steps) for seed in range(arguments.seeds)]
+    runs = [
+        run(seed=seed, steps=arguments.steps, report=None if seed else arguments.report)
+        for seed in range(arguments.seeds)
+    ]
     for name in runs[0]:
         print(f"{name:10} {sum(one[name] for one in runs) / len(runs):.2f}", flush=True)

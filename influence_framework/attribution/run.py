@@ -145,9 +145,7 @@ class _Run:
         return {
             "format": FORMAT,
             "output": {"name": self.output.name, **asdict(self.output)},
-            "solver": repr(_quiet(self.model.solver)),
-            "source": repr(self.model.source),
-            "blocks": {name: block.regularization for name, block in self.fitted.blocks.items()},
+            **composition(self.model),
             "model": fingerprint(self.fitted.state),
             "fitted to": asdict(self.fitted.problem.fingerprint),
             **{what: {"count": len(s.ids), "fingerprint": s.digest} for what, s in self.surveys.items()},
@@ -185,11 +183,11 @@ class _Run:
                     log.absorb(computed.report)
                     bar.update(count * len(block))
                     if store is not None:
-                        store.finished(rows, block.columns, collector)
+                        store.finished(rows, block.columns, collector, log)
         ids = {what: survey.ids for what, survey in self.surveys.items()}
         scored = Scored(self.output, ids.get("test points", np.arange(0)), ids["training points"], collector)
         if store is not None:
-            store.conclude(collector, scored.test_ids, scored.train_ids)
+            store.conclude(collector, scored.test_ids, scored.train_ids, log)
         return self.place.concluded(scored)
 
     def _collector(self, store: Store | None) -> Collector:
@@ -241,6 +239,15 @@ class _Run:
         for part in parts:
             log.absorb(part.report)
         return preparation.job(parts, len(block))
+
+
+def composition(model: TorchInfluenceFunctionModel) -> dict[str, Any]:
+    """What a fitted model is put together from: solver and source as text, and λ of every block."""
+    return {
+        "solver": repr(_quiet(model.solver)),
+        "source": repr(model.source),
+        "blocks": {name: block.regularization for name, block in model.fitted.blocks.items()},
+    }
 
 
 def _quiet(solver: Solver) -> Solver:

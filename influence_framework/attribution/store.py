@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from influence_framework.attribution.outputs import (
 )
 from influence_framework.data import Fingerprint
 from influence_framework.errors import InvalidInputError
+from influence_framework.solving import SolveLog
 from influence_framework.versions import versions
 
 FORMAT = 1
 MANIFEST, STATE, SCORES, TABLE, IDENTIFIERS = "manifest.json", "state.npz", "scores.zarr", "table", "ids.npz"
+SOLVES = "solves.json"
 SAVE_EVERY = 1.0
 """Seconds between two saves of the state: what is recomputed at most after a run was killed."""
 
@@ -35,8 +38,8 @@ class Store:
 
     The folder holds ``manifest.json`` (composition, fingerprints, versions, shapes, units), ``ids.npz``, the
     array ``scores.zarr`` of a full matrix or of factors, ``state.npz`` with the blocks that are done and what
-    an output keeps between them, and at the end, for other outputs than these, ``table.npz`` and, where pyarrow
-    is installed, ``table.parquet``.
+    an output keeps between them, ``solves.json`` with what came of the solves of every run so far, and at the
+    end, for other outputs than these, ``table.npz`` and, where pyarrow is installed, ``table.parquet``.
 
     Args:
         path: The folder; made where it does not exist.
@@ -52,6 +55,7 @@ class Store:
         self.manifest = json.loads(json.dumps(manifest))
         self.done: set[tuple[int, int]] = set()
         self._saved = 0.0
+        self._solves: list[Any] = []
         if (self.path / MANIFEST).exists():
             self._check()
             return
@@ -114,22 +118,29 @@ class Store:
             state = {name: saved[name] for name in saved.files}
         self.done = {(int(row), int(column)) for row, column in state.pop("done")}
         collector.restore(state)
+        if (self.path / SOLVES).exists():
+            self._solves = json.loads((self.path / SOLVES).read_text())
 
-    def finished(self, rows: slice, columns: slice, collector: Collector) -> None:
+    def finished(self, rows: slice, columns: slice, collector: Collector, log: SolveLog) -> None:
         """Note that a block has been collected; saved from time to time."""
         self.done.add((rows.start, columns.start))
         if time.monotonic() - self._saved > SAVE_EVERY:
-            self.save(collector)
+            self.save(collector, log)
 
-    def save(self, collector: Collector) -> None:
+    def save(self, collector: Collector, log: SolveLog) -> None:
         """Save what is done and what was collected, at once or not at all."""
+        report = log.report()
+        if len(report):
+            totals = [asdict(block.totals()) for block in report.blocks]
+            here = {"blocks": totals, "failures": report.failures(quiet=True)}
+            self._write(SOLVES, json.dumps([*self._solves, here]).encode())
         done = np.array(sorted(self.done), dtype=np.int64).reshape(-1, 2)
         self._write_arrays(STATE, {"done": done, **collector.state()})
         self._saved = time.monotonic()
 
-    def conclude(self, collector: Collector, test: Identifiers, train: Identifiers) -> None:
+    def conclude(self, collector: Collector, test: Identifiers, train: Identifiers, log: SolveLog) -> None:
         """Write identifiers and, where the result is no matrix, the table."""
-        self.save(collector)
+        self.save(collector, log)
         self._write_arrays(IDENTIFIERS, {"test": test, "train": train})
         if isinstance(collector, MatrixCollector):
             return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,9 +14,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from influence_framework.compose import compose
-from influence_framework.errors import InfluenceError, InvalidInputError, NonFiniteError
+from influence_framework.errors import InvalidInputError, NonFiniteError
 from influence_framework.influence import TorchInfluenceFunctionModel
 from influence_framework.registry import Registry, default_registry
+from influence_framework.reporting.templating import require_extra
 
 CLASSES = 10
 PIXELS = 64
@@ -34,10 +34,6 @@ DEFAULT_REGULARIZATION = 0.02
 
 FRACTIONS = (0.1, 0.2)
 """Shares of each ranking in which flipped labels are counted."""
-
-
-class MissingExtraError(InfluenceError, ImportError):
-    """The demonstration needs distributions that the package itself does not."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +168,7 @@ def run(settings: Settings, *, progress: bool = False, registry: Registry = defa
     Raises:
         InfluenceError: A distribution, solver or source is missing, or the composition cannot be solved.
     """
-    require_extra()
+    require_extra("demo", "The demo", "sklearn.datasets", "jinja2", "PIL.Image")
     composition = composed(settings, registry)
     data = load(settings)
     net = train(data, settings, progress=progress)
@@ -201,18 +197,6 @@ def run(settings: Settings, *, progress: bool = False, registry: Registry = defa
     test_loss = losses(net, data.x_test, data.y_test).mean().item()
     reported = tuple(dict.fromkeys(str(warning.message) for warning in caught))
     return Result(settings, data, net, composition, scores, own, test_loss, tuple(ranked), chance, reported)
-
-
-def require_extra() -> None:
-    """Raise :class:`MissingExtraError` unless all that the demonstration needs is there."""
-    for module in ("sklearn.datasets", "jinja2", "PIL.Image"):
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise MissingExtraError(
-                f"The demo needs more than the package itself ({error}): "
-                "pip install 'influence-framework[demo]'"
-            ) from error
 
 
 def composed(settings: Settings, registry: Registry = default_registry) -> dict[str, Any]:

@@ -63,6 +63,20 @@ def load(config: Config) -> dict[str, Any]:
     return made
 
 
+def imported(path: str, *, call: bool = True) -> Any:
+    """What an import path leads to.
+
+    Args:
+        path: As ``"module:attribute"``.
+        call: Whether a class, or a function that takes no argument, is called.
+
+    Raises:
+        InvalidInputError: It leads nowhere, or calling it failed.
+    """
+    thing = _imported(path)
+    return _made(thing) if call else thing
+
+
 def _imported(path: str) -> Any:
     if not PATH.fullmatch(path):
         raise InvalidInputError(

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from influence_framework.cli.new_plugin import new_plugin
 from influence_framework.cli.plugins import as_json, overview
@@ -17,7 +18,10 @@ from influence_framework.errors import InfluenceError, InvalidInputError
 from influence_framework.loading import core_version
 from influence_framework.registry import default_registry
 
-PAGE = "influence-demo.html"
+if TYPE_CHECKING:
+    from influence_framework.reporting import Page
+
+PAGE, REPORT = "influence-demo.html", "influence-report.html"
 FAILURE = 2
 NONCONFORMING = 1
 INTERRUPTED = 130
@@ -51,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _run(arguments)
         elif arguments.command == "top":
             _top(arguments)
+        elif arguments.command == "report":
+            _report(arguments)
         else:
             _demo(arguments)
         sys.stdout.flush()
@@ -120,6 +126,8 @@ def _parser() -> argparse.ArgumentParser:
         "-k", type=_count, default=10, metavar="N", help="how many helpful and how many harmful (default: 10)"
     )
 
+    _add_report(commands)
+
     create = commands.add_parser(
         "new-plugin",
         help="write a plugin of your own to start from",
@@ -185,6 +193,47 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_report(commands: Any) -> None:
+    page = commands.add_parser(
+        "report",
+        help="write a page of HTML about a store",
+        description=(
+            "Write one self-contained page of HTML: for every test point the training points that helped and "
+            "harmed it most, rankings, and how the scores were made. A store holds scores and identifiers; "
+            "--config, or --train and --test, say where pictures, texts or rows come from. "
+            "Needs: pip install 'influence-framework[report]'"
+        ),
+    )
+    page.add_argument("store", type=Path, metavar="STORE", help="the folder that influence run has written")
+    page.add_argument(
+        "--config",
+        type=Path,
+        metavar="CONFIG",
+        help="the file that made the store: shows what its loaders yield",
+    )
+    page.add_argument(
+        "--train",
+        metavar="M:A",
+        help="import path of the training points: pictures, texts, rows, a loader, or Points",
+    )
+    page.add_argument("--test", metavar="M:A", help="import path of the test points")
+    page.add_argument("--decode", metavar="M:A", help="import path of a function from a token id to its text")
+    page.add_argument(
+        "--self-influence", type=Path, metavar="STORE", help="a store of self-influences, to rank by them too"
+    )
+    page.add_argument(
+        "-k", type=_count, default=6, metavar="N", help="training points on each side (default: 6)"
+    )
+    page.add_argument("--title", metavar="TEXT", default="Influence of training points", help="of the page")
+    page.add_argument(
+        "--output",
+        type=Path,
+        default=Path(REPORT),
+        metavar="PATH",
+        help=f"where the page goes (default: {REPORT})",
+    )
+
+
 def _count(text: str) -> int:
     count = int(text)
     if count < 1:
@@ -230,6 +279,28 @@ def _top(arguments: argparse.Namespace) -> None:
     print(top(arguments.store, arguments.test, arguments.k))
 
 
+def _report(arguments: argparse.Namespace) -> None:
+    # Imported here, so that the other commands start sooner.
+    from influence_framework.cli.report import write
+
+    page, path = write(
+        arguments.store,
+        _writable(arguments.output, REPORT),
+        config=arguments.config,
+        train=arguments.train,
+        test=arguments.test,
+        decode=arguments.decode,
+        self_influence=arguments.self_influence,
+        count=arguments.k,
+        title=arguments.title,
+    )
+    print(_wrote(page, path) + ".")
+
+
+def _wrote(page: Page, path: Path) -> str:
+    return f"Wrote {path} ({len(page.html.encode()) / 1000:.0f} kB)"
+
+
 def _check(arguments: argparse.Namespace) -> int:
     # Imported here, so that the other commands start sooner.
     from influence_framework.cli.check import check
@@ -241,30 +312,26 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _demo(arguments: argparse.Namespace) -> None:
     # Imported here, so that the other commands work without the extra.
-    from influence_framework.cli import demo, page, report
+    from influence_framework.cli import demo, demo_page, demo_text
 
     start = time.perf_counter()
-    output = _writable(arguments.output)
+    output = _writable(arguments.output, PAGE)
     result = demo.run(
         demo.Settings(arguments.solver, arguments.source, arguments.regularization, arguments.seed),
         progress=True,
     )
     for message in result.warnings:
         print(f"warning: {message}", file=sys.stderr)
-    print(report.report(result))
-    text = page.render(result)
-    try:
-        output.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InvalidInputError(f"Cannot write {output}: {error.strerror}.") from None
-    print(f"\nWrote {output} ({len(text.encode()) / 1000:.0f} kB) after {time.perf_counter() - start:.1f} s.")
+    print(demo_text.report(result))
+    page = demo_page.page(result)
+    print(f"\n{_wrote(page, page.save(output))} after {time.perf_counter() - start:.1f} s.")
 
 
-def _writable(path: Path) -> Path:
-    """The absolute path of the page, checked before anything is computed."""
+def _writable(path: Path, name: str) -> Path:
+    """The absolute path of the page, called ``name`` in a folder, checked before anything is computed."""
     path = path.expanduser().absolute()
     if path.is_dir():
-        path /= PAGE
+        path /= name
     if not path.parent.is_dir():
         raise InvalidInputError(f"Cannot write {path}: the folder {path.parent} does not exist.")
     return path
