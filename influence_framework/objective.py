@@ -74,6 +74,18 @@ class Checking(Protocol):
 
 
 @runtime_checkable
+class SoftmaxLosses(Protocol):
+    """An objective that knows its losses as cross-entropies of a softmax, which then need not be found out."""
+
+    def softmax_weights(self, outputs: Tensor, batch: Batch) -> tuple[int, Tensor]:
+        """The class dimension of the logits, and what each cross-entropy counts.
+
+        The weights have the shape of ``outputs`` with one class, and are zero where there is no label.
+        """
+        ...
+
+
+@runtime_checkable
 class Pointing(Protocol):
     """An objective whose points need not be pairs ``(x, y)``."""
 

@@ -6,16 +6,17 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence_framework.data import Batch, map_leaves
+from influence_framework.data import Batch, map_leaves, take
 from influence_framework.derivatives import gradients_of, pull_back
 from influence_framework.errors import InvalidInputError, NonFiniteError
 from influence_framework.memory import is_out_of_memory
-from influence_framework.objective import Objective
+from influence_framework.objective import Objective, SoftmaxLosses
 
 EXACT_ROWS = 1024
 """Rows of an exact square root up to which one backward pass for each is worth its time."""
@@ -57,6 +58,9 @@ class OutputCurvature(ABC):
                 than ``DENSE_OUTPUTS`` outputs.
             NonFiniteError: A second derivative is NaN or infinite.
         """
+        known = Categorical.known(objective, outputs, batch) if isinstance(objective, SoftmaxLosses) else None
+        if known is not None:
+            return known
         products = _Products(objective, outputs, batch)
         # The class dimension is the second for the losses of torch, the last for most others.
         axes = sorted({1, outputs.ndim - 1})
@@ -184,6 +188,19 @@ class Categorical(OutputCurvature):
         if not products.agree(products.found, weights * unweighted(probes), noise):
             return None
         return cls("categorical", products.dtype, products.outputs, p, weights, axis)
+
+    @classmethod
+    def known(cls, objective: SoftmaxLosses, outputs: Tensor, batch: Batch) -> OutputCurvature | None:
+        """As the objective says, if the products of the first sample do not belie it; else ``None``."""
+        axis, weights = objective.softmax_weights(outputs, batch)
+        wide = outputs.detach().to(torch.promote_types(outputs.dtype, torch.float32))
+        found = cls("categorical", outputs.dtype, wide, wide.softmax(axis), weights, axis)
+        products = _Products(cast(Objective, objective), outputs[:1], take(batch, slice(0, 1)))
+        p, probes, dim = found.probabilities[:1], products.probes, axis + 1
+        expected = weights[:1] * p * (probes - (p * probes).sum(dim, keepdim=True))
+        # Where the softmax is saturated, terms as large as the weights have cancelled.
+        noise = float(weights[:1].max())
+        return found if products.agree(products.found, expected, noise) else None
 
     @property
     def convex(self) -> bool:

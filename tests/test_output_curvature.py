@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -13,7 +13,8 @@ from torch.nn import functional as F  # noqa: N812
 from influence_framework.derivatives import pull_back
 from influence_framework.errors import InvalidInputError, NonFiniteError
 from influence_framework.objective import SupervisedObjective
-from influence_framework.output_curvature import Categorical, OutputCurvature
+from influence_framework.objectives.tokens import MaskedLM, TokenObjective
+from influence_framework.output_curvature import Categorical, OutputCurvature, _Products
 from tests.reference import assert_close
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -320,3 +321,46 @@ class TestErrors:
     def test_second_derivatives_that_are_not_finite(self) -> None:
         with pytest.raises(NonFiniteError, match=r"samples \[1\]"):
             curvature(nn.PoissonNLLLoss(), torch.tensor([[0.0], [1e4]]), torch.zeros(2, 1))
+
+
+class TestLossesThatSayWhatTheyAre:
+    """``SoftmaxLosses``: believed where the first sample bears it out."""
+
+    def of(self, objective: TokenObjective) -> tuple[OutputCurvature, OutputCurvature]:
+        """As it says, and as is found out of the same that says nothing."""
+
+        class Silent(type(objective)):  # type: ignore[misc]
+            softmax_weights = None
+
+        generator = torch.Generator().manual_seed(0)
+        outputs = torch.randn(3, 5, 7, generator=generator, dtype=torch.float64)
+        labels = torch.randint(7, (3, 5), generator=generator)
+        labels[0, :2] = labels[2, 4] = -100
+        batch = {"input_ids": labels, "labels": labels}
+        silent = Silent(reduction=objective.reduction)
+        return OutputCurvature.of(objective, outputs, batch), OutputCurvature.of(silent, outputs, batch)
+
+    @pytest.mark.parametrize("reduction", ["mean", "sum"])
+    def test_as_found_out(self, reduction: Literal["mean", "sum"], monkeypatch: pytest.MonkeyPatch) -> None:
+        sizes: list[int] = []
+        recorded = _Products._record
+
+        def counted(products: _Products, objective: Any, outputs: Tensor, batch: Any) -> None:
+            sizes.append(len(outputs))
+            recorded(products, objective, outputs, batch)
+
+        monkeypatch.setattr(_Products, "_record", counted)
+        said, found = self.of(MaskedLM(reduction=reduction))
+        assert sizes == [1, 3]
+        assert isinstance(said, Categorical)
+        assert said.axis == 2
+        assert_close(said.exact(), found.exact(), 1e-10)
+
+    def test_a_subclass_with_another_loss_is_not_believed(self) -> None:
+        class Doubled(MaskedLM):
+            def sample_losses(self, outputs: Tensor, batch: Any) -> Tensor:
+                return 2 * super().sample_losses(outputs, batch)
+
+        said, found = self.of(Doubled())
+        assert_close(said.exact(), found.exact(), 1e-10)
+        assert not torch.allclose(said.exact(), self.of(MaskedLM())[0].exact())

@@ -62,6 +62,15 @@ class TokenObjective(FieldObjective):
         """What every label adds to its sequence's loss: rows sum to ``ℓ_i``; zero for what does not count."""
         return self._by_position(outputs, batch)
 
+    def softmax_weights(
+        self, outputs: Float[Tensor, "n t v"], batch: Batch
+    ) -> tuple[int, Float[Tensor, "n t 1"]]:
+        """Classes are the last dimension; a label weighs one, or one over those of its sequence."""
+        counted = (self.targets(batch) != IGNORED).to(torch.promote_types(outputs.dtype, torch.float32))
+        if self.reduction == "mean":
+            counted = counted / counted.sum(1, keepdim=True)
+        return 2, counted[..., None]
+
     def _by_position(self, outputs: Tensor, batch: Batch) -> Float[Tensor, "n t"]:
         targets = self.targets(batch)
         wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
