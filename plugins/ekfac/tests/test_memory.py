@@ -85,6 +85,11 @@ def test_partitions_of_a_language_model_change_nothing() -> None:
         # So little that the embedding's gradients are formed one by one, and others' are not.
         parts = language_model(partitions=partitions, storage="host", memory_budget=2**17)
         assert_close(parts.influences(test, x=train), whole, 1e-12)
+    # Several λ from the same sides.
+    swept = parts.explore_hessian_regularization(test, None, [STRENGTH, 1.0], x_train=train)
+    for strength, by_block in swept.items():
+        wanted = language_model().with_regularization(strength).influences(test, x=train)
+        assert_close(cast(Tensor, sum(by_block.values())), wanted, 1e-12)
 
 
 @pytest.mark.parametrize("name", LAYERED)
@@ -195,11 +200,12 @@ def test_sides_of_all_forms_are_joined_and_scored_alike() -> None:
         found = sum(scorer.with_held(held, 8, train).values())
         assert_close(cast(Tensor, found), wanted, 1e-12)
     # A side that another λ was applied to is refused.
+    apart = scorer.combined([sides for _, sides in scorer.prepared(points[3], weigh=False)])
     held = scorer.combined([sides for _, sides in scorer.prepared(points[3])])
     for name, inverse in inverses.items():
         if any(isinstance(side, Weighted) for side in held[name].layers.values()):
-            with pytest.raises(inf.InvalidInputError, match="weigh"):
-                inverse.with_regularization(1.0).scores(held[name], held[name])
+            with pytest.raises(inf.InvalidInputError, match="weigh it with this one"):
+                inverse.with_regularization(1.0).scores(held[name], apart[name])
             with pytest.raises(inf.InvalidInputError, match="weigh"):
                 inverse.self_scores(held[name])
             with pytest.raises(inf.InvalidInputError, match="weigh"):
