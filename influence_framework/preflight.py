@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Self
 
 import torch
@@ -293,18 +294,19 @@ def _affordable(problem: Problem, products: int) -> int:
 
 
 def _with_spectrum(block: BlockPreflight, operator: LinearOperator, steps: int) -> BlockPreflight:
-    smallest, largest = ritz_values(operator, steps)
+    found = ritz_values(operator)
+    *_, (smallest, largest) = islice(found, steps)
     rounding = torch.finfo(operator.dtype).eps
     negative = smallest < -NOISE * rounding * max(abs(smallest), abs(largest))
     # Asked last: some operators run the model to answer it.
     indefinite = negative and not getattr(operator, "positive_semidefinite", False)
     if indefinite:
-        smallest, largest = ritz_values(operator, CLOSER_LOOK)
+        *_, (smallest, largest) = (smallest, largest), *islice(found, CLOSER_LOOK - steps)
     return replace(block, smallest=smallest, largest=largest, indefinite=indefinite)
 
 
-def ritz_values(operator: LinearOperator, steps: int) -> tuple[float, float]:
-    """Smallest and largest Ritz value of up to ``steps`` Lanczos steps from a random vector, always the same.
+def ritz_values(operator: LinearOperator) -> Iterator[tuple[float, float]]:
+    """Smallest and largest Ritz value after each Lanczos step from a random vector, always the same.
 
     Of the operator it uses ``@`` with one column, ``shape``, ``dtype`` and ``device``. Nothing is
     reorthogonalised: what that costs is copies of eigenvalues that were found, which moves no extreme.
@@ -321,27 +323,27 @@ def ritz_values(operator: LinearOperator, steps: int) -> tuple[float, float]:
     previous = torch.zeros_like(vector)
     diagonal: list[float] = []
     beside: list[float] = []
-    for step in range(min(steps, len(vector))):
+    for step in range(len(vector)):
         product = operator @ vector
         diagonal.append(float(torch.dot(vector, product)))
         product = torch.sub(product, vector, alpha=diagonal[-1])
         if step:
             product = torch.sub(product, previous, alpha=beside[-1])
         beside.append(float(torch.linalg.vector_norm(product)))
+        tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64, device="cpu"))
+        for index, entry in enumerate(beside[:-1]):
+            tridiagonal[index, index + 1] = tridiagonal[index + 1, index] = entry
+        if not torch.isfinite(tridiagonal).all():
+            raise NonFiniteError(
+                "A curvature product contains NaN or infinity: check the scale of the data and of the "
+                "parameters, or use float64."
+            )
+        values = torch.linalg.eigvalsh(tridiagonal)
+        yield values[0].item(), values[-1].item()
         scale = max(map(abs, diagonal + beside[:-1]))
         if not beside[-1] > NOISE * torch.finfo(operator.dtype).eps * scale:
-            break  # the vectors so far span all that the start vector leads to
+            return  # the vectors so far span all that the start vector leads to
         previous, vector = vector, product / beside[-1]
-    tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64, device="cpu"))
-    for index, entry in enumerate(beside[: len(diagonal) - 1]):
-        tridiagonal[index, index + 1] = tridiagonal[index + 1, index] = entry
-    if not torch.isfinite(tridiagonal).all():
-        raise NonFiniteError(
-            "A curvature product contains NaN or infinity: check the scale of the data and of the parameters, "
-            "or use float64."
-        )
-    values = torch.linalg.eigvalsh(tridiagonal)
-    return values[0].item(), values[-1].item()
 
 
 def without_effect(problem: Problem) -> tuple[tuple[str, ...], tuple[str, ...]]:

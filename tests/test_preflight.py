@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, ClassVar
 
 import pytest
@@ -14,7 +15,13 @@ from torch import Tensor, nn
 
 import influence_framework as inf
 from influence_framework.data import Fingerprint
-from influence_framework.preflight import ritz_values, without_effect
+from influence_framework.preflight import (
+    CLOSER_LOOK,
+    BlockPreflight,
+    _with_spectrum,
+    ritz_values,
+    without_effect,
+)
 from influence_framework.problem import Problem
 from tests import cases, nets, reference, small
 from tests.reference import assert_close
@@ -54,17 +61,23 @@ class Bare:
         return self.matrix @ columns
 
 
+def found(operator: Bare, steps: int) -> tuple[float, float]:
+    """The values after so many steps, or all that there are."""
+    *_, last = islice(ritz_values(operator), steps)
+    return last
+
+
 class TestRitzValues:
     def test_they_are_exact_after_as_many_steps_as_there_are_eigenvalues(self) -> None:
         values = torch.tensor([-3.0, -1.0, 0.5, 2.0, 7.0], dtype=torch.float64)
         operator = Bare(symmetric(values))
-        assert ritz_values(operator, 5) == pytest.approx((-3.0, 7.0), rel=1e-10)
+        assert found(operator, 5) == pytest.approx((-3.0, 7.0), rel=1e-10)
         assert operator.products == 5
 
     def test_they_lie_within_the_spectrum_and_close_to_its_ends(self) -> None:
         values = torch.cat([normal(97).clamp(-1, 1), torch.tensor([-9.0, 8.0, 20.0], dtype=torch.float64)])
         operator = Bare(symmetric(values))
-        smallest, largest = ritz_values(operator, 6)
+        smallest, largest = found(operator, 6)
         assert -9.0 <= smallest < -6.0
         assert 19.0 < largest <= 20.0
         assert operator.products == 6
@@ -72,16 +85,24 @@ class TestRitzValues:
     @pytest.mark.parametrize("size", [1, 2, 9])
     def test_equal_eigenvalues_take_one_step(self, size: int) -> None:
         operator = Bare(3.0 * torch.eye(size, dtype=torch.float32))
-        assert ritz_values(operator, 6) == pytest.approx((3.0, 3.0), rel=1e-5)
+        assert found(operator, 6) == pytest.approx((3.0, 3.0), rel=1e-5)
         assert operator.products == 1
 
+    def test_a_closer_look_goes_on_where_the_first_ended(self) -> None:
+        operator = Bare(symmetric(torch.linspace(-1, 5, 100, dtype=torch.float64)))
+        block = BlockPreflight(100, 0.1, torch.finfo(torch.float64).eps)
+        closer = _with_spectrum(block, operator, 6)
+        assert operator.products == CLOSER_LOOK
+        assert (closer.smallest, closer.largest) == found(operator, CLOSER_LOOK)
+        assert closer.indefinite
+
     def test_a_zero_matrix(self) -> None:
-        assert ritz_values(Bare(torch.zeros(4, 4)), 6) == (0.0, 0.0)
+        assert found(Bare(torch.zeros(4, 4)), 6) == (0.0, 0.0)
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     def test_products_that_are_not_finite(self, value: float) -> None:
         with pytest.raises(inf.NonFiniteError, match="NaN or infinity"):
-            ritz_values(Bare(torch.full((4, 4), value)), 6)
+            found(Bare(torch.full((4, 4), value)), 6)
 
 
 def problem(module: nn.Module, loss: Any = None, data: Any = None, **options: Any) -> Problem:

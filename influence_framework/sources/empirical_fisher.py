@@ -12,17 +12,15 @@ from torch import Tensor
 
 from influence_framework.data import Batch
 from influence_framework.derivatives import gradients_of
-from influence_framework.gradients import sample_chunks, sample_gradients
+from influence_framework.gradients import sample_gradients
 from influence_framework.layers import Rows, Samples, Tape, true_gradients
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
 from influence_framework.protocols import LinearOperator
-from influence_framework.sources.gauss_newton import (
-    OuterProductOperator,
-    sandwich_at_layers,
-)
+from influence_framework.sources.gauss_newton import sandwich_at_layers
 from influence_framework.sources.layered import LayerCurvature
 from influence_framework.sources.linearization import Product, sandwich
+from influence_framework.sources.outer_products import OuterProductOperator
 
 
 def fisher_product(problem: Problem, outputs: Tensor, leaves: Sequence[Tensor], batch: Batch) -> Product:
@@ -49,18 +47,11 @@ class EmpiricalFisherOperator(OuterProductOperator):
 
     positive_semidefinite: ClassVar[bool] = True
 
-    def diagonal(self) -> Float[Tensor, " P"]:
-        """``1/N Σ_i g_i²``."""
-        (total,) = self.problem.total(self._diagonal, "the diagonal")
-        return total / self.problem.size
+    sample_rows: ClassVar[int] = 1
 
-    def _diagonal(self, problem: Problem) -> list[Float[Tensor, " P"]]:
-        parameters = self.parameters
-        total = torch.zeros(parameters.numel, dtype=self.dtype, device=self.device)
-        for batch, size in problem.batches():
-            for chunk in sample_chunks(problem, parameters, batch, size):
-                total += sample_gradients(problem, parameters, chunk).square().sum(0)
-        return [total]
+    def sample_factors(self, problem: Problem, batch: Batch) -> tuple[Float[Tensor, "n 1 P"], None]:
+        """The loss gradient of every sample."""
+        return sample_gradients(problem, self.parameters, batch)[:, None], None
 
 
 @dataclass(frozen=True)

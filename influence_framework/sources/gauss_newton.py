@@ -1,12 +1,10 @@
-"""Sandwiches ``Jᵀ H J``: the generalised Gauss-Newton matrix and the empirical Fisher."""
+"""The generalised Gauss-Newton matrix, and what other sandwiches ``Jᵀ H J`` share with it."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import cast
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -15,16 +13,15 @@ from torch import Tensor
 from influence_framework.data import Batch
 from influence_framework.derivatives import gradients_of, pull_back
 from influence_framework.errors import InvalidInputError
-from influence_framework.gradients import sample_chunks, sample_jacobians
-from influence_framework.layers import Layer, LayerBatch, Samples, Tape, fisher_rows
-from influence_framework.operators import estimated_trace
+from influence_framework.gradients import sample_jacobians
+from influence_framework.layers import Tape, fisher_rows
 from influence_framework.output_curvature import OutputCurvature
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
 from influence_framework.protocols import LinearOperator
 from influence_framework.sources.layered import LayerCurvature, jacobians
 from influence_framework.sources.linearization import Product, sandwich
-from influence_framework.sources.streaming import StreamingOperator
+from influence_framework.sources.outer_products import OuterProductOperator
 
 
 def gauss_newton_product(problem: Problem, outputs: Tensor, leaves: Sequence[Tensor], batch: Batch) -> Product:
@@ -56,65 +53,6 @@ def sandwich_at_layers(
             if left is not None and right is not None:
                 blocks[k, other] = left.mT @ (middle @ right)
     return LayerCurvature(tape.uses, [use.inputs.detach() for use in tape.uses], blocks, {}, [])
-
-
-TRACE_OUTPUTS = 64
-"""Outputs of a sample up to which the trace is exact."""
-
-TRACE_DRAWS = 512
-"""Random targets that the trace is taken from where it is not exact, if not one for every sample."""
-
-
-@dataclass(frozen=True)
-class Squares:
-    """``Σ_n ‖G_n‖²`` of each layer; no closure, so that it can be sent to another process."""
-
-    layers: Sequence[Layer]
-
-    def __call__(self, passed: Iterator[tuple[Mapping[Layer, LayerBatch], int]]) -> list[Tensor]:
-        totals = dict.fromkeys(self.layers, 0.0)
-        for batches, _ in passed:
-            for layer, batch in batches.items():
-                totals[layer] += batch.square()
-        return [torch.tensor(list(totals.values()), dtype=torch.float64, device="cpu")]
-
-
-class OuterProductOperator(StreamingOperator):
-    """``1/N Σ_n Σ_s g[s,n] g[s,n]ᵀ``: the trace is the sum of squares of the gradients."""
-
-    @abstractmethod
-    def diagonal(self) -> Float[Tensor, " P"]:
-        """The exact diagonal."""
-
-    def trace(self) -> float:
-        """As of :meth:`traces`."""
-        return self.traces({"alone": self})["alone"]
-
-    def traces(self, operators: Mapping[str, LinearOperator]) -> dict[str, float]:
-        """From inputs and output gradients of layers, in one pass for all operators that layers have whole.
-
-        Exact for up to 64 outputs, else from random targets. For other operators from the exact diagonal, or
-        from random vectors where the outputs are too many for it.
-        """
-        mine = cast("Mapping[str, OuterProductOperator]", operators)
-        few = self.problem.outputs_of_a_sample() <= TRACE_OUTPUTS
-        covers = {name: operator.cover() for name, operator in mine.items()}
-        found = {
-            name: float(mine[name].diagonal().sum(dtype=torch.float64)) if few else estimated_trace(mine[name])
-            for name, cover in covers.items()
-            if cover.uncovered
-        }
-        layers = {name: cover.layers for name, cover in covers.items() if not cover.uncovered}
-        every = [layer for part in layers.values() for layer in part]
-        if every:
-            samples: Samples = "exact" if few else min(TRACE_OUTPUTS, -(-TRACE_DRAWS // self.problem.size))
-            generator = torch.Generator("cpu").manual_seed(0)
-            (totals,) = self.layer_sums(every, samples, generator, Squares(every))
-            squares = iter(totals.tolist())
-            found |= {
-                name: sum(islice(squares, len(part))) / self.problem.size for name, part in layers.items()
-            }
-        return found
 
 
 class GaussNewtonOperator(OuterProductOperator):
@@ -149,21 +87,16 @@ class GaussNewtonOperator(OuterProductOperator):
             outputs = self.problem.outputs({}, batch)
         return OutputCurvature.of(self.problem.objective, outputs, batch)
 
-    def diagonal(self) -> Float[Tensor, " P"]:
-        """``1/N Σ_i Σ_cd H_i[c, d] J_i[c]∘J_i[d]``, from per-sample Jacobians within the budget."""
-        (total,) = self.problem.total(self._diagonal, "the diagonal")
-        return total / self.problem.size
+    @cached_property
+    def sample_rows(self) -> int:
+        """One for each number that the model returns."""
+        return self.problem.outputs_of_a_sample()
 
-    def _diagonal(self, problem: Problem) -> list[Float[Tensor, " P"]]:
-        parameters = self.parameters
-        total = torch.zeros(parameters.numel, dtype=self.dtype, device=self.device)
-        for batch, size in problem.batches():
-            with torch.no_grad():
-                width = problem.outputs({}, batch)[0].numel()
-            for chunk in sample_chunks(problem, parameters, batch, size, copies=2 * width):
-                jacobian, curvature = sample_jacobians(problem, parameters, chunk)
-                total += torch.einsum("ncp,ncd,ndp->p", jacobian, curvature, jacobian)
-        return [total]
+    def sample_factors(
+        self, problem: Problem, batch: Batch
+    ) -> tuple[Float[Tensor, "n c P"], Float[Tensor, "n c c"]]:
+        """The Jacobian of every sample's outputs, and the Hessian of its loss with respect to them."""
+        return sample_jacobians(problem, self.parameters, batch)
 
 
 @dataclass(frozen=True)

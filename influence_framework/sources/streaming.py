@@ -137,15 +137,19 @@ class StreamingOperator(Operator):
         return [product]
 
     def to_dense(self) -> Float[Tensor, "P P"]:
-        """The full matrix: from second derivatives at layer outputs where the model allows, else by columns.
+        """The full matrix: assembled where the model and the curvature allow, else by columns.
 
-        The first way is checked against a product with a random vector, and given up for the second
-        where they differ: a model may use a layer's weight behind the layer's back.
+        What was assembled is checked against a product with a random vector, and given up for the second
+        way where they differ: a model may use a layer's weight behind the layer's back.
         """
-        dense = layered_dense(self.problem, self.parameters, self.at_layers)
+        dense = self._assembled()
         if dense is None or not self._confirmed(dense):
             return dense_by_columns(self)
         return dense
+
+    def _assembled(self) -> Float[Tensor, "P P"] | None:
+        """The matrix from second derivatives at layer outputs; ``None`` where the model has no such form."""
+        return layered_dense(self.problem, self.parameters, self.at_layers)
 
     def _confirmed(self, dense: Float[Tensor, "P P"]) -> bool:
         generator = torch.Generator("cpu").manual_seed(0)

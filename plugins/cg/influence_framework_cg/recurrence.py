@@ -21,6 +21,9 @@ Notify = Callable[[int, int], None]
 REPLACE_EVERY = 50
 """Iterations between replacements of the recursive residual by the true one."""
 
+STEEP = 0.25
+"""Residuals that fell to this part with every iteration, on average, are expected to do so once more."""
+
 
 @dataclass
 class Systems:
@@ -40,6 +43,7 @@ class Systems:
         passes: Iterations made, whatever the system.
         best: Of each system, the iterate of the least true residual that was measured.
         least: Norms of those residuals.
+        verified: Systems that ended at an iterate whose true residual was measured; ``residual`` is that.
         extremes: Smallest and largest ``vᵀ(C + λI)v / vᵀv`` along each one's search directions, ``(k, 2)``
             float64; NaN before the first.
     """
@@ -60,6 +64,7 @@ class Systems:
         self._checkpoint = row_norms(self.residual)
         self.best = self.value.clone()
         self.least = self._checkpoint.clone()
+        self.verified = torch.zeros(len(self.rhs), dtype=torch.bool, device=self.rhs.device)
         self.extremes = self.rhs.new_full((len(self.rhs), 2), float("nan"), dtype=torch.float64)
 
     def end(self, which: Int[Tensor, " m"], reason: StopReason) -> None:
@@ -88,6 +93,25 @@ class Systems:
         better = norms < self.least[active]
         self.best[active[better]] = self.value[active[better]]
         self.least[active[better]] = norms[better]
+
+    def land(
+        self, active: Int[Tensor, " m"], trial: Rows, image: Rows, residual: Rows
+    ) -> tuple[Int[Tensor, " l"], Float[Tensor, "l P"], Float[Tensor, " l"]]:
+        """End the systems that iterates on ``trial`` solve; the others, with residuals to start afresh from.
+
+        ``image`` is the product with ``trial``. An iterate that is no better than the last is not taken.
+        """
+        true = self.rhs[active] - image
+        norms, before = row_norms(true), row_norms(residual)
+        better = norms < before
+        self.value[active[better]] = trial[better]
+        self.keep_best(active[better], norms[better])
+        residual = torch.where(better[:, None], true, residual)
+        norms = torch.where(better, norms, before)
+        self.residual[active] = residual
+        self.verified[active[better & (norms <= self.tolerance[active])]] = True
+        go_on = self.settle(active, norms)
+        return active[go_on], residual[go_on], norms[go_on]
 
     def replace(
         self, active: Int[Tensor, " m"], recursive: Rows, live: Bool[Tensor, " m"]
@@ -125,19 +149,42 @@ def conjugate_gradients(systems: Systems, active: Int[Tensor, " m"]) -> None:
     Hestenes and Stiefel (1952) with a preconditioner, as in Saad (2003), "Iterative Methods for Sparse
     Linear Systems", algorithm 9.1. All systems share each product, each has its own step lengths, and
     those that are done leave the product.
+
+    Where a residual has fallen so steeply that the next step should be the last, it is taken with the length
+    of the step before, and the product is with the iterate it leads to. That tells the true residual, for
+    which a system that is done otherwise takes a product more. Steeply means within a few iterations, in
+    which the recursion has not drifted; a system that is not done then starts afresh, and is not tried again.
     """
     residual = systems.residual[active]
-    keep = systems.settle(active, row_norms(residual))
-    active, residual = active[keep], residual[keep]
+    norms = row_norms(residual)
+    keep = systems.settle(active, norms)
+    active, residual, norms = active[keep], residual[keep], norms[keep]
     direction = systems.precondition(residual)
     rho = _checked_rho(inner(residual, direction))
+    step = torch.zeros_like(rho)
+    initial, begun = row_norms(systems.residual), systems.passes
+    tried = torch.zeros_like(systems.verified)
     while len(active):
-        product = systems.apply(direction)
+        fall = (norms / initial[active]) ** (1 / max(1, systems.passes - begun))
+        last = (fall <= STEEP) & (fall * norms <= systems.tolerance[active]) & ~tried[active]
+        systems.iterations[active] += 1
+        systems.passes += 1
+        others = active[:0], residual[:0], norms[:0]
+        if last.any():
+            ahead = ~last
+            tried[active[last]] = True
+            trial = torch.addcmul(systems.value[active[last]], step[last, None], direction[last])
+            product, image = systems.apply(torch.cat([direction[ahead], trial])).tensor_split(
+                [int(ahead.sum())]
+            )
+            others = systems.land(active[last], trial, image, residual[last])
+            active, residual, direction = active[ahead], residual[ahead], direction[ahead]
+            rho = rho[ahead]
+        else:
+            product = systems.apply(direction)
         curvature = inner(direction, product)
         quotient = curvature / inner(direction, direction)
         systems.see(active, quotient, quotient)
-        systems.iterations[active] += 1
-        systems.passes += 1
         # ~(c > 0) also catches NaN, which settle() would only see a step later.
         bad = ~(curvature > 0)
         if bad.any():
@@ -146,28 +193,34 @@ def conjugate_gradients(systems: Systems, active: Int[Tensor, " m"]) -> None:
             good = ~bad
             active, residual, direction, product = active[good], residual[good], direction[good], product[good]
             curvature, rho = curvature[good], rho[good]
-            if not len(active):
-                break
-        step = (rho / curvature)[:, None]
-        systems.value.index_add_(0, active, step * direction)
-        residual = residual - step * product
+        step = rho / curvature
+        systems.value.index_add_(0, active, step[:, None] * direction)
+        residual = residual - step[:, None] * product
         keep = torch.ones(len(active), dtype=torch.bool, device=active.device)
         afresh = ~keep
         if systems.passes % REPLACE_EVERY == 0:
             residual, afresh, keep = systems.replace(active, residual, keep)
         norms = row_norms(residual)
         keep[keep.clone()] = systems.settle(active[keep], norms[keep])
-        systems.notify(systems.passes, int(keep.sum()))
         if not keep.all():
             active, residual, direction = active[keep], residual[keep], direction[keep]
-            rho, afresh = rho[keep], afresh[keep]
+            rho, afresh, step, norms = rho[keep], afresh[keep], step[keep], norms[keep]
+        if len(others[0]):
+            active, residual, norms = (
+                torch.cat(pair) for pair in zip((active, residual, norms), others, strict=True)
+            )
+            fresh = len(others[0])
+            direction = torch.cat([direction, direction.new_zeros(fresh, direction.shape[1])])
+            rho, step = (torch.cat([values, values.new_ones(fresh)]) for values in (rho, step))
+            afresh = torch.cat([afresh, afresh.new_ones(fresh)])
+        systems.notify(systems.passes, len(active))
         if not len(active):
             break
         preconditioned = systems.precondition(residual)
-        latest = _checked_rho(inner(residual, preconditioned))
-        beta = torch.where(afresh, 0.0, latest / rho)
+        current = _checked_rho(inner(residual, preconditioned))
+        beta = torch.where(afresh, 0.0, current / rho)
         direction = preconditioned + beta[:, None] * direction
-        rho = latest
+        rho = current
 
 
 def _checked_rho(rho: Float[Tensor, " m"]) -> Float[Tensor, " m"]:

@@ -294,7 +294,9 @@ class CgInverse(Inverse):
             method(systems, active)
             if systems.passes == passes:  # the guess was good, and its residual is a true one
                 break
-            systems.residual[active] = systems.rhs[active] - self._apply(systems.value[active])
+            unknown = active[~systems.verified[active]]
+            if len(unknown):
+                systems.residual[unknown] = systems.rhs[unknown] - self._apply(systems.value[unknown])
             latest = row_norms(systems.residual)
             systems.keep_best(active, latest[active])
             again = self._claimed_in_error(systems, active, latest)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from influence_framework_cg import CgSolver, JacobiSolver
@@ -172,6 +174,29 @@ def test_recursive_residuals_are_replaced_by_true_ones(block: bool) -> None:
     true = torch.linalg.norm(columns.double() - matrix.double() @ solution.value.double(), dim=0)
     assert solution.converged.all()
     assert (true / torch.linalg.norm(columns.double(), dim=0) <= 4e-5).all()
+
+
+def test_a_fast_solve_takes_hardly_a_product_to_be_checked() -> None:
+    operator = ProductsOnly(symmetric(torch.linspace(1, 1.2, 40)))
+    solution = CgSolver(rtol=1e-8).fit(operator, 0.0).solve(normal(40, 20))
+    assert solution.converged.all()
+    # Without last steps that are checked by their own products it would be all twenty.
+    assert sum(operator.widths) - solution.iterations.sum() <= 8
+
+
+@pytest.mark.parametrize("spread", [1.05, 1.5, 2.5, 4.0])
+@pytest.mark.parametrize("rtol", [1e-2, 1e-5, 1e-8, 1e-11])
+def test_a_last_step_that_falls_short_is_followed_by_others(spread: float, rtol: float) -> None:
+    """The length of a step foretells the next one's only roughly, and residuals are promised in any case."""
+    operator = ProductsOnly(symmetric(torch.logspace(0, math.log10(spread), 40)))
+    columns = normal(40, 20)
+    solution = CgSolver(rtol=rtol).fit(operator, 0.0).solve(columns)
+    true = torch.linalg.norm(columns - operator.matrix @ solution.value, dim=0) / torch.linalg.norm(
+        columns, dim=0
+    )
+    assert (true <= rtol).all()
+    assert solution.converged.all()
+    torch.testing.assert_close(solution.residual, true, rtol=1e-2, atol=0.0)
 
 
 @BLOCK
