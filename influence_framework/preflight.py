@@ -13,6 +13,7 @@ from torch import Tensor
 
 from influence_framework.data import random_state_kept
 from influence_framework.errors import NonFiniteError, PreflightWarning
+from influence_framework.lanczos import NOISE, tridiagonals
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import TRIAL, Problem
 from influence_framework.protocols import HessianSource, LinearOperator
@@ -38,9 +39,6 @@ SHARE = 12
 
 FREE_FLOPS = 2**28
 """... unless the forward passes of the samples tried take less than this."""
-
-NOISE = 64
-"""Roundings of the largest eigenvalue below which a negative Ritz value means nothing."""
 
 ABOVE = 10.0
 """λ in units of the largest eigenvalue from where on scores hardly depend on ``C``."""
@@ -307,11 +305,6 @@ def _with_spectrum(block: BlockPreflight, operator: LinearOperator, steps: int) 
 
 def ritz_values(operator: LinearOperator) -> Iterator[tuple[float, float]]:
     """Smallest and largest Ritz value after each Lanczos step from a random vector, always the same.
-
-    Of the operator it uses ``@`` with one column, ``shape``, ``dtype`` and ``device``. Nothing is
-    reorthogonalised: what that costs is copies of eigenvalues that were found, which moves no extreme.
-    Lanczos (1950), "An Iteration Method for the Solution of the Eigenvalue Problem of Linear Differential
-    and Integral Operators".
 
     Raises:
         NonFiniteError: A product with NaN or infinity in it.
