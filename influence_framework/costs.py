@@ -277,7 +277,7 @@ class Fidelity(IntEnum):
 _WORDS = {
     Fidelity.EXACT: "solves with the curvature itself",
     Fidelity.LAYERS: "approximates all eigenvalues of every layer, and leaves out curvature between layers",
-    Fidelity.FACTORS: "takes every layer's curvature for a Kronecker product, and leaves out that between layers",
+    Fidelity.FACTORS: "takes each layer's curvature for a Kronecker product, and leaves out that between layers",
     Fidelity.LOW_RANK: "keeps the largest eigenvalues alone",
     Fidelity.DIAGONAL: "keeps the diagonal alone",
 }
@@ -345,13 +345,14 @@ def by_columns(size: int, columns: int = 256) -> Work:
     return Work(products=((math.ceil(size / columns), min(size, columns)),))
 
 
-def layers_forming(layers: Sequence[LayerShape], samples: int, outputs: int, element: int) -> Work:
+def layers_forming(layers: Sequence[tuple[int, int]], samples: int, outputs: int, element: int) -> Work:
     """What the matrix takes from second derivatives at the outputs of layers that are used once on vectors.
 
-    A product of every pair of parameters for each sample, half of them mirrored, from rows that are formed for
-    every output of a layer; and a backward pass for every output of the model.
+    ``layers`` are the numbers of outputs and inputs of each. A product of every pair of parameters for each
+    sample, half of them mirrored, from rows that are formed for every output of a layer; and a backward pass for
+    every output of the model.
     """
-    size = sum(layer.entries for layer in layers)
-    rows = sum(layer.outputs for layer in layers)
+    size = sum(given * taken for given, taken in layers)
+    rows = sum(given for given, _ in layers)
     traffic = element * (10.0 * size**2 + 3.0 * samples * rows * size)
     return Work(products=((1, outputs), (1, 1)), flops=float(samples) * size**2, traffic=traffic)

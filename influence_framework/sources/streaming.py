@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence_framework.costs import LayerShape, Work, by_columns, layers_forming
+from influence_framework.costs import Work, by_columns, layers_forming
 from influence_framework.data import Batch
 from influence_framework.errors import NonFiniteError
 from influence_framework.layers import Cover, Layer, LayerBatch, Rows, Samples, cover, layer_batches
@@ -162,9 +162,11 @@ class StreamingOperator(Operator):
         layers = plain_layers(self.cover())
         if layers is None or not once_on_vectors(self.problem, layers):
             return by_columns(self.shape[0])
-        shapes = [LayerShape(1, *layer.form.places.shape[1:], 1) for layer in layers.values()]
+        shapes = [layer.form.places.shape for layer in layers.values()]
         element = torch.empty(0, dtype=self.dtype).element_size()
-        return layers_forming(shapes, self.problem.size, self.problem.outputs_of_a_sample(), element)
+        return layers_forming(
+            [(o, e) for _, o, e in shapes], self.problem.size, self.problem.outputs_of_a_sample(), element
+        )
 
     def _confirmed(self, dense: Float[Tensor, "P P"]) -> bool:
         generator = torch.Generator("cpu").manual_seed(0)
