@@ -1,7 +1,8 @@
-"""What ``inf.advise`` predicts beside what is measured, for every candidate that it predicts, on four problems."""
+"""What ``inf.advise`` predicts beside what is measured, for every candidate, on four problems."""
 
 from __future__ import annotations
 
+import statistics
 import time
 import warnings
 from collections.abc import Iterator
@@ -9,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import problems
-import torch
 from preconditioners import small_convolutional
 from torch import Tensor, nn
 
@@ -68,9 +68,9 @@ def off(predicted: float, seconds: float) -> float:
 def report(runs: int) -> Iterator[str]:
     yield (
         "Seconds that `inf.advise` predicts for fit and scores together, and that they take: the least of "
-        f"{min(runs, 2)} runs. {LIMIT:g} s is the most that a candidate may be predicted to take to be run. The "
-        "error of scores is relative, in the Frobenius norm, to those of the solver `direct` where it was run, "
-        "else to those of the recommended candidate."
+        f"{min(runs, 2)} runs. Candidates that are predicted to take more than {LIMIT:g} s are not run. The last "
+        "column is the rank correlation with the scores of `direct`, or of the recommended candidate where that "
+        "was not run: the mean over test points."
     )
     worst = []
     for case in cases():
@@ -86,7 +86,7 @@ def report(runs: int) -> Iterator[str]:
             f"points. The advice took {took:.1f} s: **{advice.best.name}**, at λ = {advice.regularization:g}."
         )
         yield ""
-        yield "| Candidate | Predicted: fit | scores | Measured: fit | scores | Off by | Error of scores |"
+        yield "| Candidate | Predicted: fit | scores | Measured: fit | scores | Off by | Correlation |"
         yield "|---|---|---|---|---|---|---|"
         rows, found = [], {}
         for candidate in advice.candidates:
@@ -107,11 +107,15 @@ def report(runs: int) -> Iterator[str]:
         reference = found.get("direct", found.get(advice.best.name))
         for name, row in rows:
             if name in found and reference is not None:
-                error = float(torch.linalg.norm(found[name] - reference) / torch.linalg.norm(reference))
-                yield row.format(f"{error:.1e}")
+                pairs = zip(found[name], reference, strict=True)
+                alike = statistics.mean(spearmanr(one, other).statistic for one, other in pairs)
+                yield row.format(f"{alike:.3f}")
             else:
                 yield row.format("") if row.startswith("|") else f"| {name} | {row} | | | | | |"
     yield ""
     factor, title, name = max(worst)
     within = sum(one[0] <= 3 for one in worst)
-    yield f"{within} of {len(worst)} predictions are within a factor of 3; the worst is {name} on {title}, {factor:.1f}."
+    yield (
+        f"{within} of {len(worst)} predictions are within a factor of 3; the worst is {name} on {title}, by "
+        f"{factor:.1f}."
+    )

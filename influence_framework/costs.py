@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from typing import Protocol, runtime_checkable
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -78,29 +77,25 @@ class Measure:
     values: Float[Tensor, " m"]
     weights: Float[Tensor, " m"]
 
-    def residuals(self, regularization: float, deflated: float = math.inf) -> list[float]:
+    def residuals(self, regularization: float) -> list[float]:
         """``‖b − (C + λI) x_j‖ / ‖b‖`` of conjugate gradients after ``j`` steps, as far as this measure tells.
 
-        Exact but for rounding where the measure has more points than there are steps. With ``deflated``, of a
-        preconditioner that brings eigenvalues above it down to it.
+        Exact but for rounding as long as it has more points than there are steps: Golub and Meurant (2010),
+        "Matrices, Moments and Quadrature with Applications", §9.
         """
         matrix = self.values + regularization
         residual = self.weights.sqrt()
-        lowered = (deflated + regularization) / matrix
-        precondition = torch.where(self.values > deflated, lowered, 1.0)
-        direction = precondition * residual
-        rho = (residual * direction).sum()
+        direction, rho = residual, residual.square().sum()
         found = [1.0]
-        for _ in range(len(self.values)):
+        for _ in range(len(self.values) - 1):
             image = matrix * direction
             curvature = (direction * image).sum()
             if not (curvature > 0 and rho > 0):
                 break
             residual = residual - rho / curvature * image
-            found.append(torch.linalg.vector_norm(residual).item())
-            preconditioned = precondition * residual
-            rho, before = (residual * preconditioned).sum(), rho
-            direction = preconditioned + rho / before * direction
+            rho, before = residual.square().sum(), rho
+            direction = residual + rho / before * direction
+            found.append(rho.sqrt().item())
         return found
 
 
@@ -146,32 +141,34 @@ class Spectrum:
         counts = self.size * self.whole.weights.flip(0).cumsum(0)
         return max(0.0, self.whole.values.flip(0)[int((counts < rank).sum().clamp(max=len(counts) - 1))].item())
 
-    def iterations(self, regularization: float, rtol: float, deflated: float = math.inf) -> tuple[float, float]:
+    def iterations(
+        self, regularization: float, rtol: float, deflated: float | None = None
+    ) -> tuple[float, float]:
         """Steps of conjugate gradients to ``rtol``: the most of any right-hand side, and on average.
 
-        Where the probes do not reach that far, they go on at the rate of their second half, but no more slowly
-        than the condition number ``(largest + λ)/λ`` allows.
+        Where the probes do not reach that far, they go on at the rate of their second half, or at that which
+        the condition number ``(largest + λ)/λ`` allows if it is more. With a preconditioner that leaves
+        eigenvalues up to ``deflated``, as many as the condition number ``(deflated + λ)/λ`` allows, if they are
+        fewer: ``½ √κ ln(2/rtol)``, Saad (2003), "Iterative Methods for Sparse Linear Systems", §6.11.3.
         """
         steps = [
-            self._iterations(m.residuals(regularization, deflated), regularization, rtol, deflated)
-            for m in self.gradients
+            self._steps(measure.residuals(regularization), regularization, rtol) for measure in self.gradients
         ]
-        return max(steps), sum(steps) / len(steps)
+        most, mean = max(steps), sum(steps) / len(steps)
+        if deflated is None:
+            return most, mean
+        bound = 0.5 * math.sqrt(1 + deflated / max(regularization, 1e-300)) * math.log(2 / rtol)
+        return min(most, bound), min(mean, bound)
 
-    def _iterations(
-        self, residuals: Sequence[float], regularization: float, rtol: float, deflated: float
-    ) -> float:
-        # The last one is zero for any right-hand side: as many points as steps.
-        told = residuals[:-1] if len(residuals) > 2 else residuals
+    def _steps(self, told: Sequence[float], regularization: float, rtol: float) -> float:
         for step, residual in enumerate(told):
             if residual <= rtol:
                 return step
-        least = min(told)
         half = len(told) // 2
-        seen = math.log(max(told[half], 1e-300) / max(least, 1e-300)) / max(1, len(told) - 1 - half)
-        root = math.sqrt((min(self.largest, deflated) + regularization) / max(regularization, 1e-300))
+        seen = math.log(told[half] / told[-1]) / max(1, len(told) - 1 - half)
+        root = math.sqrt((self.largest + regularization) / max(regularization, 1e-300))
         rate = max(seen, math.log((root + 1) / max(root - 1, 1e-12)), 1e-6)
-        return min(len(told) - 1 + math.log(least / rtol) / rate, self.size)
+        return min(len(told) - 1 + math.log(told[-1] / rtol) / rate, self.size)
 
 
 @dataclass(frozen=True)
@@ -277,7 +274,7 @@ class Fidelity(IntEnum):
 _WORDS = {
     Fidelity.EXACT: "solves with the curvature itself",
     Fidelity.LAYERS: "approximates all eigenvalues of every layer, and leaves out curvature between layers",
-    Fidelity.FACTORS: "takes each layer's curvature for a Kronecker product, and leaves out that between layers",
+    Fidelity.FACTORS: "takes a layer's curvature for a Kronecker product, and leaves out that between layers",
     Fidelity.LOW_RANK: "keeps the largest eigenvalues alone",
     Fidelity.DIAGONAL: "keeps the diagonal alone",
 }
@@ -297,8 +294,8 @@ class Cost:
         scoring: The work of all scores, of an inverse that offers ``LayerScoring``; no gradients of samples,
             no solves and no products with gradients are then needed.
         apply: As a preconditioner: the work for one column.
-        deflated: As a preconditioner: the eigenvalue to which it brings those above it; ``None`` where that
-            cannot be told.
+        deflated: As a preconditioner: the condition number that it leaves is ``(deflated + λ)/λ``; ``None``
+            where that cannot be told.
         reasons: What follows from the numbers, in words.
     """
 
@@ -349,8 +346,8 @@ def layers_forming(layers: Sequence[tuple[int, int]], samples: int, outputs: int
     """What the matrix takes from second derivatives at the outputs of layers that are used once on vectors.
 
     ``layers`` are the numbers of outputs and inputs of each. A product of every pair of parameters for each
-    sample, half of them mirrored, from rows that are formed for every output of a layer; and a backward pass for
-    every output of the model.
+    sample, half of them mirrored, from rows that are formed for every output of a layer; and a backward pass
+    for every output of the model.
     """
     size = sum(given * taken for given, taken in layers)
     rows = sum(given for given, _ in layers)

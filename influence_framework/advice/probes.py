@@ -23,16 +23,16 @@ from influence_framework.protocols import (
     Trace,
 )
 
-SAMPLES, FEWEST = 512, 32
+SAMPLES, FEWEST = 512, 24
 """Samples whose curvature stands for that of all: so many, or fewer where they take long, within bounds."""
 
-STEPS, LEAST_STEPS = 60, 12
+STEPS, LEAST_STEPS = 60, 16
 """Lanczos steps, likewise."""
 
 RANDOM, GRADIENTS = 2, 4
 """Random vectors and gradients of samples that they start from."""
 
-FLOPS = 2**35
+FLOPS = 2**32
 """What all steps together may take in forward passes."""
 
 RELATIVE = 3e-3

@@ -11,8 +11,8 @@ from influence_framework_arnoldi.pairs import Wanted
 LEAST, MOST = 10, 256
 """Ranks that are advised."""
 
-PRODUCTS_A_PAIR = 4.0
-"""Products that a pair takes in the middle of spectra of nets: two where they decay fast, ten where slowly."""
+PRODUCTS_A_PAIR = 1.8
+"""Products that a pair takes in spectra of nets; several times as many where eigenvalues decay slowly."""
 
 
 def rank_for(workload: Workload) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from influence_framework.costs import Cost, Costed, Fidelity, Work, Workload
 from influence_framework.errors import InvalidInputError, MissingCapabilityError
 from influence_framework.protocols import Solver
@@ -33,7 +31,7 @@ def cost_of_cg(
             "not make up for: it stops at negative curvature"
         )
     fitted = None
-    deflated = math.inf
+    deflated = None
     if preconditioner is not None:
         fitted = preconditioner.cost(workload) if isinstance(preconditioner, Costed) else None
         if fitted is None or fitted.apply is None or fitted.deflated is None:
@@ -52,8 +50,10 @@ def cost_of_cg(
         products=((most, columns * mean / most), (1 + most // REPLACE_EVERY, columns)),
         traffic=workload.vectors(VECTORS) * mean * columns,
     )
-    condition = (min(spectrum.largest, deflated) + regularization) / max(regularization, 1e-300)
-    lowered = "" if fitted is None else f", brought down from {spectrum.largest / regularization + 1:.2g}"
+    largest = spectrum.largest if deflated is None else min(spectrum.largest, deflated)
+    condition = 1 + largest / max(regularization, 1e-300)
+    before = 1 + spectrum.largest / max(regularization, 1e-300)
+    lowered = "" if fitted is None else f", brought down from {before:.2g}"
     return Cost(
         Fidelity.EXACT,
         fit=Work() if fitted is None else fitted.fit,

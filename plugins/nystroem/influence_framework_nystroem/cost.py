@@ -6,6 +6,9 @@ import math
 
 from influence_framework.costs import Cost, Fidelity, Products, Work, Workload
 
+LEFT = 3.0
+"""Norm of what a sketch leaves, in units of the first eigenvalue beyond its rank."""
+
 LEAST, MOST = 10, 512
 """Ranks that are advised."""
 
@@ -31,7 +34,7 @@ def cost_of_nystroem(workload: Workload, products: Products, rank: int, width: i
         held_bytes=workload.vectors(rank),
         solve_bytes=workload.vectors(4 * workload.columns),
         apply=Work(flops=applied, traffic=workload.vectors(4)),
-        deflated=left,
+        deflated=LEFT * left,
         reasons=(
             f"rank {rank} reaches down to an eigenvalue of about {left:.2g}, "
             f"{left / max(workload.regularization, 1e-300):.2g} λ",
