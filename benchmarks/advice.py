@@ -68,9 +68,9 @@ def off(predicted: float, seconds: float) -> float:
 def report(runs: int) -> Iterator[str]:
     yield (
         "Seconds that `inf.advise` predicts for fit and scores together, and that they take: the least of "
-        f"{min(runs, 2)} runs. Candidates that are predicted to take more than {LIMIT:g} s are not run. The last "
-        "column is the rank correlation with the scores of `direct`, or of the recommended candidate where that "
-        "was not run: the mean over test points."
+        f"{min(runs, 2)} runs. Candidates that are predicted to take more than {LIMIT:g} s are not run. The "
+        "last column is the rank correlation with the scores of `direct`, or of the recommended candidate "
+        "where that was not run: the mean over test points."
     )
     worst = []
     for case in cases():

@@ -147,7 +147,7 @@ def within(predicted: float, found: float, what: str, slack: float = 0.0) -> Non
 @pytest.mark.parametrize("case", PROBLEMS, indirect=True)
 @pytest.mark.filterwarnings("ignore::influence_framework.ConvergenceWarning")
 def test_work_is_predicted_within_a_factor_of_three(case: Case, counts: Counts) -> None:
-    advice = case.advise(hessian_regularization=0.02, budget={"seconds": 600})
+    advice = case.advise(hessian_regularization=0.05, budget={"seconds": 600})
     done = []
     for candidate in advice.candidates:
         predicted = candidate.prediction
@@ -178,6 +178,7 @@ def test_the_advised_method_is_as_good_as_any(case: Case) -> None:
 MEMORY = """
 import resource
 import sys
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -186,6 +187,10 @@ import influence_framework as inf
 
 
 def peak() -> int:
+    if sys.platform == "linux":
+        # What getrusage tells there starts from what the process that started this one held.
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -195,9 +200,8 @@ def run(widths, solver, count):
     layers = [m for a, b in zip(widths, widths[1:]) for m in (nn.Linear(a, b), nn.Tanh())]
     net = nn.Sequential(*layers[:-1]).eval()
     x, y = torch.randn(count, widths[0]), torch.randint(widths[-1], (count,))
-    model = inf.compose(
-        net, nn.CrossEntropyLoss(), solver=solver, hessian_regularization=0.1, on_failure="ignore", preflight=False
-    )
+    options = {"solver": solver, "hessian_regularization": 0.1, "on_failure": "ignore", "preflight": False}
+    model = inf.compose(net, nn.CrossEntropyLoss(), **options)
     model.fit([(x, y)]).influences(x[:100], y[:100], x, y)
 
 
@@ -360,7 +364,7 @@ class TestAdvice:
     def test_no_candidate_within_the_budget_is_an_error_that_says_what_would_do(self, net: Case) -> None:
         advice = net.advise(budget=inf.Budget(seconds=1e-9))
         assert "no candidate fits" in str(advice)
-        with pytest.raises(inf.InvalidInputError, match="the quickest takes .* s"):
+        with pytest.raises(inf.InvalidInputError, match=r"the quickest takes .* s"):
             _ = advice.recommended
 
     def test_it_says_why(self, net: Case) -> None:
@@ -371,7 +375,7 @@ class TestAdvice:
         assert f"Recommended: {advice.best.name}. It solves with the curvature itself" in said
         assert f"the matrix of {size} x {size} takes" in said
         assert "condition number" in said
-        assert "eigendecompositions of up to 24 x 24" in said
+        assert "eigendecompositions of up to 25 x 25" in said  # the larger of widths, with one for the bias
 
     def test_uncovered_parameters_are_named(self) -> None:
         torch.manual_seed(0)
@@ -403,6 +407,7 @@ class TestAdvice:
             ({"hessian_regularization": -1.0}, "negative"),
         ],
     )
+    @pytest.mark.usefixtures("as_user")
     def test_bad_input_is_refused(self, net: Case, options: dict[str, Any], message: str) -> None:
         with pytest.raises(inf.InvalidInputError, match=message):
             net.advise(**options)
