@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import influence_framework as inf
 
-LIMIT = 40.0
+LIMIT = 20.0
 """Seconds that a candidate may be predicted to take; those above are not run."""
 
 
@@ -67,7 +67,7 @@ def off(predicted: float, seconds: float) -> float:
 
 def report(runs: int) -> Iterator[str]:
     yield (
-        "Seconds that `inf.advise` predicts for fit and scores together, and that they take: the least of "
+        "Not paired: seconds that `inf.advise` predicts for fit and scores, and that they take, the least of "
         f"{min(runs, 2)} runs. Candidates that are predicted to take more than {LIMIT:g} s are not run. The "
         "last column is the rank correlation with the scores of `direct`, or of the recommended candidate "
         "where that was not run: the mean over test points."
