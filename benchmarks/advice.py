@@ -11,6 +11,7 @@ from typing import Any
 
 import problems
 from preconditioners import small_convolutional
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 import influence_framework as inf
