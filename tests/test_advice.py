@@ -147,7 +147,7 @@ def within(predicted: float, found: float, what: str, slack: float = 0.0) -> Non
 @pytest.mark.parametrize("case", PROBLEMS, indirect=True)
 @pytest.mark.filterwarnings("ignore::influence_framework.ConvergenceWarning")
 def test_work_is_predicted_within_a_factor_of_three(case: Case, counts: Counts) -> None:
-    advice = case.advise(hessian_regularization=0.05, budget={"seconds": 600})
+    advice = case.advise(hessian_regularization=0.1, budget={"seconds": 600})
     done = []
     for candidate in advice.candidates:
         predicted = candidate.prediction

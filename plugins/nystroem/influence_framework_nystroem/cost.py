@@ -22,7 +22,7 @@ def rank_for(workload: Workload) -> int:
 def cost_of_nystroem(workload: Workload, products: Products, rank: int, width: int) -> Cost:
     """Of an approximation of ``rank`` from ``width`` test vectors, multiplied in ``products``."""
     size, rank = workload.parameters, min(rank, workload.parameters)
-    left = workload.probed.at(rank)
+    left = workload.probed.at(rank + 1)
     # Two orthonormal bases, the core in float64, and the eigenvectors.
     flops = 14.0 * size * width**2 + 25.0 * width**3
     applied = 8.0 * size * rank
@@ -36,7 +36,7 @@ def cost_of_nystroem(workload: Workload, products: Products, rank: int, width: i
         apply=Work(flops=applied, traffic=workload.vectors(4)),
         deflated=LEFT * left,
         reasons=(
-            f"rank {rank} reaches down to an eigenvalue of about {left:.2g}, "
+            f"rank {rank} leaves out eigenvalues of up to about {left:.2g}, "
             f"{left / max(workload.regularization, 1e-300):.2g} λ",
         ),
     )
