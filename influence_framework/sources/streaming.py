@@ -159,9 +159,13 @@ class StreamingOperator(Operator):
 
     def forming(self) -> Work:
         """What :meth:`to_dense` takes."""
+        return self._assembling() or by_columns(self.shape[0])
+
+    def _assembling(self) -> Work | None:
+        """What :meth:`_assembled` takes; ``None`` where it gives nothing."""
         layers = plain_layers(self.cover())
         if layers is None or not once_on_vectors(self.problem, layers):
-            return by_columns(self.shape[0])
+            return None
         shapes = [layer.form.places.shape for layer in layers.values()]
         element = torch.empty(0, dtype=self.dtype).element_size()
         return layers_forming(

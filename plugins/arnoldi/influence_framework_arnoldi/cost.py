@@ -30,8 +30,8 @@ def cost_of_arnoldi(workload: Workload, wanted: Wanted) -> Cost:
         fit = workload.forming + Work(products=((1, rank),), eigh=(size,), traffic=workload.vectors(8 * size))
     else:
         products = PRODUCTS_A_PAIR * rank + wanted.block_size * search_steps(size, wanted.block_size)
-        # Each is orthogonalised twice against a basis that is on average three quarters full, read twice each.
-        traffic = workload.vectors(4 * 0.75 * dimension) * products
+        # Each is orthogonalised twice against a basis that is half full on average, read twice each time.
+        traffic = workload.vectors(4 * 0.5 * dimension) * products
         compressed = max(0.0, (products - dimension) / max(1, dimension - rank))
         fit = Work(
             products=((products / wanted.block_size, wanted.block_size), (1, 1)),
