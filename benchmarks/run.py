@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-PARTS = ("spine", "family", "ekfac", "gpt2", "growth", "preconditioners", "scale", "cluster")
+PARTS = ("spine", "family", "ekfac", "gpt2", "growth", "preconditioners", "scale", "cluster", "advice")
 RESULTS = Path(__file__).with_name("results")
 
 

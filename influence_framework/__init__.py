@@ -13,10 +13,12 @@ training points changes the test loss by about +score/n.
 """
 
 from influence_framework import evaluation
+from influence_framework.advice import Advice, Budget, Candidate, Prediction, advise
 from influence_framework.attribution import Output, Scored, attribute
 from influence_framework.bounds import BoundedScores
 from influence_framework.bridges import from_scipy, to_scipy
 from influence_framework.compose import compose
+from influence_framework.costs import Cost, Costed, Fidelity, Work, Workload
 from influence_framework.ensembles import EnsembleModel, ensemble
 from influence_framework.errors import (
     ConvergenceError,
@@ -106,22 +108,28 @@ from influence_framework.reports import BlockReport, BlockTotals, SolveReport
 
 __all__ = [
     "PLUGIN_API_VERSION",
+    "Advice",
     "BlockDiagonalOperator",
     "BlockPreflight",
     "BlockReport",
     "BlockTotals",
     "Blocks",
     "BoundedScores",
+    "Budget",
+    "Candidate",
     "CausalLM",
     "Checking",
     "ConvergenceError",
     "ConvergenceWarning",
+    "Cost",
+    "Costed",
     "Dense",
     "DenseOperator",
     "Diagonal",
     "DistributedError",
     "EnsembleModel",
     "Executor",
+    "Fidelity",
     "HessianSource",
     "IndefiniteOperatorWarning",
     "InfluenceError",
@@ -154,6 +162,7 @@ __all__ = [
     "PluginError",
     "Pointing",
     "Preconditioning",
+    "Prediction",
     "Preflight",
     "PreflightWarning",
     "Preparing",
@@ -184,6 +193,9 @@ __all__ = [
     "UnsupportedLayerError",
     "WarmStart",
     "Weighing",
+    "Work",
+    "Workload",
+    "advise",
     "attribute",
     "compose",
     "default_registry",

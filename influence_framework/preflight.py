@@ -13,6 +13,7 @@ from torch import Tensor
 
 from influence_framework.data import random_state_kept
 from influence_framework.errors import NonFiniteError, PreflightWarning
+from influence_framework.lanczos import NOISE, tridiagonals
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import TRIAL, Problem
 from influence_framework.protocols import HessianSource, LinearOperator
@@ -38,9 +39,6 @@ SHARE = 12
 
 FREE_FLOPS = 2**28
 """... unless the forward passes of the samples tried take less than this."""
-
-NOISE = 64
-"""Roundings of the largest eigenvalue below which a negative Ritz value means nothing."""
 
 ABOVE = 10.0
 """λ in units of the largest eigenvalue from where on scores hardly depend on ``C``."""
@@ -308,42 +306,14 @@ def _with_spectrum(block: BlockPreflight, operator: LinearOperator, steps: int) 
 def ritz_values(operator: LinearOperator) -> Iterator[tuple[float, float]]:
     """Smallest and largest Ritz value after each Lanczos step from a random vector, always the same.
 
-    Of the operator it uses ``@`` with one column, ``shape``, ``dtype`` and ``device``. Nothing is
-    reorthogonalised: what that costs is copies of eigenvalues that were found, which moves no extreme.
-    Lanczos (1950), "An Iteration Method for the Solution of the Eigenvalue Problem of Linear Differential
-    and Integral Operators".
-
     Raises:
         NonFiniteError: A product with NaN or infinity in it.
     """
     generator = torch.Generator("cpu").manual_seed(0)
     start = torch.randn(operator.shape[0], generator=generator, dtype=torch.float32, device="cpu")
-    vector = start.to(operator.device, operator.dtype)
-    vector /= torch.linalg.vector_norm(vector)
-    previous = torch.zeros_like(vector)
-    diagonal: list[float] = []
-    beside: list[float] = []
-    for step in range(len(vector)):
-        product = operator @ vector
-        diagonal.append(float(torch.dot(vector, product)))
-        product = torch.sub(product, vector, alpha=diagonal[-1])
-        if step:
-            product = torch.sub(product, previous, alpha=beside[-1])
-        beside.append(float(torch.linalg.vector_norm(product)))
-        tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64, device="cpu"))
-        for index, entry in enumerate(beside[:-1]):
-            tridiagonal[index, index + 1] = tridiagonal[index + 1, index] = entry
-        if not torch.isfinite(tridiagonal).all():
-            raise NonFiniteError(
-                "A curvature product contains NaN or infinity: check the scale of the data and of the "
-                "parameters, or use float64."
-            )
-        values = torch.linalg.eigvalsh(tridiagonal)
+    for matrix in tridiagonals(operator, start.to(operator.device, operator.dtype)):
+        values = torch.linalg.eigvalsh(matrix)
         yield values[0].item(), values[-1].item()
-        scale = max(map(abs, diagonal + beside[:-1]))
-        if not beside[-1] > NOISE * torch.finfo(operator.dtype).eps * scale:
-            return  # the vectors so far span all that the start vector leads to
-        previous, vector = vector, product / beside[-1]
 
 
 def without_effect(problem: Problem) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -42,7 +42,7 @@ def resolve(kind: Kind, spec: Any, registry: Registry = default_registry) -> Any
 
 def _resolve_nested(method: Method, options: dict[str, Any], registry: Registry) -> dict[str, Any]:
     """Replace names and mappings in options that are annotated as solvers by instances."""
-    nested = _solver_options(method.cls)
+    nested = solver_options(method.cls)
     return {
         option: resolve("solver", value, registry)
         if option in nested and isinstance(value, str | Mapping)
@@ -51,7 +51,7 @@ def _resolve_nested(method: Method, options: dict[str, Any], registry: Registry)
     }
 
 
-def _solver_options(cls: type[Any]) -> set[str]:
+def solver_options(cls: type[Any]) -> set[str]:
     """The options annotated as solvers, be it on the class, on a base or on ``__init__``."""
     return {
         name

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from influence_framework.costs import Cost, Fidelity, Work, Workload
 from influence_framework.inverses import Inverse, approximation, make_solution, relative_residuals
 from influence_framework.operators import dense_by_columns
 from influence_framework.protocols import LinearOperator, SavedState, Solution, StopReason
@@ -438,6 +439,14 @@ class WithoutRepr(WithoutEquality):
 
     __hash__ = None  # type: ignore[assignment]
     __repr__ = object.__repr__
+
+
+@dataclass(frozen=True)
+class NegativeCost(Exact):
+    """More than nothing is saved by it."""
+
+    def cost(self, workload: Workload) -> Cost:
+        return Cost(Fidelity.EXACT, fit=Work(flops=-1.0))
 
 
 # Faults of a preconditioner.

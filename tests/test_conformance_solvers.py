@@ -59,6 +59,7 @@ FAULTS = {
     "nan_is_reported": [Exact(faulty.SpreadsNanInverse), Exact(faulty.CallsNanSolvedInverse)],
     "every_block_structure": [faulty.MixesBlocks()],
     "options_make_an_equal_instance": [faulty.WithoutEquality(), faulty.WithoutRepr()],
+    "its_cost_makes_sense": [faulty.NegativeCost()],
 }
 PRECONDITIONER_FAULTS = {
     "called_fixed": [faulty.NotFixed()],
@@ -123,7 +124,7 @@ def test_every_check_of_a_preconditioner_has_a_fault() -> None:
 
 
 def test_the_error_is_an_assertion_with_the_table_and_the_numbers() -> None:
-    with pytest.raises(AssertionError, match="26 of 27 checks passed") as caught:
+    with pytest.raises(AssertionError, match="27 of 28 checks passed") as caught:
         check_solver(Exact(faulty.SurplusAsZerosInverse))
     assert isinstance(caught.value, ConformanceError)
     (failure,) = caught.value.report.failures

@@ -82,6 +82,13 @@ def layered_dense(
     return None if refused else dense.div_(problem.size)
 
 
+def once_on_vectors(problem: Problem, layers: Mapping[str, Layer]) -> bool:
+    """Whether the model takes these layers so, as the first samples tell."""
+    tape = record(problem, layers, problem.example)
+    size = problem.objective.size(problem.example)
+    return tape.outputs.ndim == 2 and used_once_on_vectors(tape, layers, size)
+
+
 def _summed(
     parameters: ParameterSpace, curvature: Curvature, covered: Sequence[Layer], problem: Problem
 ) -> list[Tensor]:

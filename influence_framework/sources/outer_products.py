@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from influence_framework.costs import Work
 from influence_framework.data import Batch
 from influence_framework.gradients import sample_chunks
 from influence_framework.layers import Layer, LayerBatch, Samples
@@ -90,6 +91,15 @@ class OuterProductOperator(StreamingOperator):
             (dense,) = self.problem.total(self._gram, "the matrix")
             dense.div_(self.problem.size)
         return dense
+
+    def _assembling(self) -> Work | None:
+        """Jacobians of all samples, as the diagonal takes them, and half of the products of their rows."""
+        work = super()._assembling()
+        if work is not None or not self._few_rows():
+            return work
+        size, element = self.shape[0], torch.empty(0, dtype=self.dtype).element_size()
+        flops = float(self.problem.size) * self.sample_rows * size**2
+        return Work(products=((1, 1),), diagonals=1, flops=flops, traffic=6.0 * element * size**2)
 
     def _few_rows(self) -> bool:
         """Whether ``c (P² + 2cP)`` flops and ``c`` gradients a sample take less time than ``P`` columns."""

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from influence_framework.costs import Work, by_columns, layers_forming
 from influence_framework.data import Batch
 from influence_framework.errors import NonFiniteError
 from influence_framework.layers import Cover, Layer, LayerBatch, Rows, Samples, cover, layer_batches
@@ -19,7 +20,7 @@ from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
 from influence_framework.protocols import LinearOperator
 from influence_framework.sources.chain import ChainLinearization, plain_layers
-from influence_framework.sources.layered import Curvature, layered_dense
+from influence_framework.sources.layered import Curvature, layered_dense, once_on_vectors
 from influence_framework.sources.linearization import GRAPH, Curve, GraphLinearization, Linearization
 
 Draws = Callable[[Problem, Samples, torch.Generator], Rows]
@@ -92,6 +93,11 @@ class StreamingOperator(Operator):
         needed = GRAPH * problem.sample_bytes * problem.share_size
         return problem.cached and needed <= share * problem.memory_budget / 2
 
+    @property
+    def keeps_graphs(self) -> bool:
+        """Whether graphs are built once for all products."""
+        return self.keep_graphs or self._graphs_fit
+
     def linearize(self, batch: Batch) -> Linearization:
         """The curvature of a batch: by matrix products where the model is a chain of linear layers."""
         problem = self.problem
@@ -106,7 +112,7 @@ class StreamingOperator(Operator):
         return GraphLinearization(problem, self.parameters, self.curve, batch)
 
     def _linearizations(self) -> Iterator[tuple[Linearization, int]]:
-        if not (self.keep_graphs or self._graphs_fit):
+        if not self.keeps_graphs:
             for batch, size in self.problem.batches():
                 yield self.linearize(batch), size
             return
@@ -150,6 +156,21 @@ class StreamingOperator(Operator):
     def _assembled(self) -> Float[Tensor, "P P"] | None:
         """The matrix from second derivatives at layer outputs; ``None`` where the model has no such form."""
         return layered_dense(self.problem, self.parameters, self.at_layers)
+
+    def forming(self) -> Work:
+        """What :meth:`to_dense` takes."""
+        return self._assembling() or by_columns(self.shape[0])
+
+    def _assembling(self) -> Work | None:
+        """What :meth:`_assembled` takes; ``None`` where it gives nothing."""
+        layers = plain_layers(self.cover())
+        if layers is None or not once_on_vectors(self.problem, layers):
+            return None
+        shapes = [layer.form.places.shape for layer in layers.values()]
+        element = torch.empty(0, dtype=self.dtype).element_size()
+        return layers_forming(
+            [(o, e) for _, o, e in shapes], self.problem.size, self.problem.outputs_of_a_sample(), element
+        )
 
     def _confirmed(self, dense: Float[Tensor, "P P"]) -> bool:
         generator = torch.Generator("cpu").manual_seed(0)

@@ -9,7 +9,10 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from influence_framework.advice.probes import spectrum, workload
 from influence_framework.compose import compose, resolve
+from influence_framework.costs import Cost, Costed
+from influence_framework.errors import InfluenceError
 from influence_framework.gradients import sample_gradients
 from influence_framework.operators import to_dense
 from influence_framework.parameters import Blocks
@@ -87,4 +90,35 @@ def every_block_structure(subject: SolverSubject) -> Iterator[str]:
                 yield f"{structure}, block {block!r}: off by {error:.1e}, expected at most {allowed:.1e}"
 
 
-COMPOSITION_CHECKS = (every_block_structure, options_make_an_equal_instance)
+def its_cost_makes_sense(subject: SolverSubject) -> Iterator[str]:
+    """If it says what it takes, that is a cost of finite amounts, none of them negative, with its reasons."""
+    if not isinstance(subject.solver, Costed):
+        return
+    made = problem()
+    operator = subject.source.operator(made, made.parameters)
+    found = spectrum(made, operator, made.parameters.numel, seed=0)
+    asked = workload(made, operator, found, DAMPING["net"] * found.largest, (3, made.size), copies=12)
+    try:
+        cost = subject.solver.cost(asked)
+    except InfluenceError:
+        return  # with the reason why it cannot
+    if not isinstance(cost, Cost):
+        yield f"cost returned {type(cost).__name__}, expected a Cost"
+        return
+    works = {"fit": cost.fit, "solve": cost.solve, "scoring": cost.scoring, "apply": cost.apply}
+    amounts = {name: getattr(cost, name) for name in ("fit_bytes", "held_bytes", "solve_bytes")}
+    for name, work in works.items():
+        if work is not None:
+            pairs = (*work.products, *work.minibatches)
+            amounts |= {
+                f"{name}.{part}": getattr(work, part) for part in ("passes", "diagonals", "flops", "traffic")
+            }
+            amounts |= {f"{name}, products": min(map(min, pairs))} if pairs else {}
+    for name, amount in amounts.items():
+        if not 0 <= amount < float("inf"):
+            yield f"{name} is {amount}"
+    if not all(isinstance(reason, str) for reason in cost.reasons):
+        yield f"reasons are {cost.reasons!r}, expected strings"
+
+
+COMPOSITION_CHECKS = (every_block_structure, options_make_an_equal_instance, its_cost_makes_sense)

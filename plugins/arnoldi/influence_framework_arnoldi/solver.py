@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from influence_framework.costs import Cost, Workload
 from influence_framework.errors import (
     ConvergenceWarning,
     IndefiniteOperatorWarning,
@@ -23,6 +24,7 @@ from influence_framework.lowrank import LowRankInverse
 from influence_framework.operators import Operator, to_dense
 from influence_framework.protocols import LinearOperator, SavedState
 from influence_framework_arnoldi.arpack import arpack
+from influence_framework_arnoldi.cost import cost_of_arnoldi, rank_for
 from influence_framework_arnoldi.cuda import cupy, cupy_for
 from influence_framework_arnoldi.lanczos import lowest_beside, thick_restart_lanczos
 from influence_framework_arnoldi.pairs import ATTAINABLE, Backend, Eigenpairs, Wanted
@@ -145,14 +147,25 @@ class ArnoldiSolver:
             lowest=lowest if lowest < -rounding else 0.0,
         )
 
+    def cost(self, workload: Workload) -> Cost:
+        """Products of a few times the rank, and what keeps the basis orthonormal."""
+        return cost_of_arnoldi(workload, self._sized(workload.parameters, workload.device))
+
+    @staticmethod
+    def advised(workload: Workload) -> list[dict[str, Any]]:
+        """With a rank that reaches down to λ, as far as the spectrum tells."""
+        return [{"rank": rank_for(workload), "tol": 1e-3}]
+
     def restore(self, operator: LinearOperator, regularization: float, state: SavedState) -> ArnoldiInverse:
         """The eigenpairs as they were."""
         return ArnoldiInverse.restored(operator, regularization, state, lowest=state.values["lowest"])
 
     def _wanted(self, operator: LinearOperator) -> Wanted:
-        size = operator.shape[0]
+        return self._sized(operator.shape[0], operator.device.type)
+
+    def _sized(self, size: int, device: str) -> Wanted:
         rank = min(self.rank, size)
-        block_size = self.block_size or (1 if operator.device.type == "cpu" else 4)
+        block_size = self.block_size or (1 if device == "cpu" else 4)
         dimension = self.krylov_dimension or max(2 * rank + 1, 20, rank + 10 * block_size)
         return Wanted(
             rank=rank,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,9 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from influence_framework.costs import Cost, Workload
 from influence_framework.errors import InvalidInputError, NonFiniteError
 from influence_framework.inverses import Inverse, make_solution, relative_residuals
 from influence_framework.protocols import Diagonal, LinearOperator, SavedState, Solution, StopReason
+from influence_framework_cg.cost import cost_of_jacobi
 
 PROBES_A_PRODUCT = 32
 
@@ -57,6 +60,10 @@ class JacobiSolver:
         if not torch.isfinite(magnitude).all():
             raise NonFiniteError("The diagonal of the curvature contains NaN or infinity.")
         return _invert(operator, magnitude, regularization)
+
+    def cost(self, workload: Workload) -> Cost:
+        """The diagonal once, and a product for the residuals of a solve."""
+        return cost_of_jacobi(workload, math.ceil(self.probes / PROBES_A_PRODUCT), self.probes)
 
     def restore(self, operator: LinearOperator, regularization: float, state: SavedState) -> JacobiInverse:
         """The diagonal as it was."""

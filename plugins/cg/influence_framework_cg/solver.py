@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from influence_framework.costs import Cost, Workload
 from influence_framework.errors import InvalidInputError
 from influence_framework.inverses import Inverse, make_solution, row_norms, scaled_rows
 from influence_framework.operators import check_columns, require_capabilities
@@ -27,6 +28,7 @@ from influence_framework.protocols import (
     StopReason,
 )
 from influence_framework_cg.block import block_conjugate_gradients
+from influence_framework_cg.cost import cost_of_cg
 from influence_framework_cg.recurrence import Rows, Systems, conjugate_gradients
 from influence_framework_cg.shifted import shifted_conjugate_gradients
 
@@ -95,6 +97,16 @@ class CgSolver:
     def accuracy(self) -> float:
         """The largest relative residual of a right-hand side of norm 1 or more that is called solved."""
         return max(self.rtol, self.atol)
+
+    def cost(self, workload: Workload) -> Cost:
+        """A product for every step, of which the spectrum tells how many."""
+        rtol = max(self.rtol, ATTAINABLE * workload.precision)
+        return cost_of_cg(workload, rtol, self.maxiter, self.preconditioner, block=self.block)
+
+    @staticmethod
+    def advised(workload: Workload) -> list[dict[str, Any]]:
+        """With a tolerance that is below what scores are good for otherwise."""
+        return [{"rtol": 1e-4}]
 
     def fit(self, operator: LinearOperator, regularization: float) -> CgInverse:
         """Fit the preconditioner; the systems themselves are solved on demand."""

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from influence_framework.costs import Cost, Fidelity, Work, Workload, in_bytes
 from influence_framework.errors import (
     IndefiniteOperatorWarning,
     InvalidInputError,
@@ -74,6 +75,27 @@ class DirectSolver:
         # Rounding leaves the products of columns unsymmetric in the last digits.
         matrix = matrix.add_(matrix.mT.clone()).mul_(0.5)
         return _invert(DenseOperator(matrix), regularization)
+
+    def cost(self, workload: Workload) -> Cost:
+        """Forming, ``P³/3`` flops to factor, and ``4P²`` for each right-hand side with its residual."""
+        size = workload.parameters
+        if workload.element < 4:
+            raise InvalidInputError("it factors float32 and float64 matrices only")
+        matrix = workload.vectors(size)
+        # Made symmetric, shifted, its norm taken and a handful of solves for its condition.
+        factoring = Work(flops=size**3 / 3, traffic=20 * matrix)
+        return Cost(
+            Fidelity.EXACT,
+            fit=workload.forming + factoring,
+            solve=Work(flops=4.0 * size**2 * workload.columns, traffic=3 * matrix),
+            fit_bytes=4 * matrix,
+            held_bytes=2 * matrix,
+            solve_bytes=workload.vectors(4 * workload.columns),
+            reasons=(
+                f"the matrix of {size} x {size} takes {in_bytes(matrix)}, four times while it is factored",
+                f"{size**3 / 3:.1e} flops to factor it",
+            ),
+        )
 
     def restore(self, operator: LinearOperator, regularization: float, state: SavedState) -> DirectInverse:
         """The matrix and its factors as they were."""

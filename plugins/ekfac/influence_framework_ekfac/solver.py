@@ -13,9 +13,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from influence_framework.costs import Cost, Workload
 from influence_framework.errors import InvalidInputError, MissingCapabilityError
 from influence_framework.layers import Cover, Layer, LayerBatch, Samples
 from influence_framework.protocols import Diagonal, LayerStatistics, LinearOperator, Needs, SavedState
+from influence_framework_ekfac.cost import cost_of_kronecker
 from influence_framework_ekfac.inverse import EkfacInverse, EkfacLayer
 from influence_framework_ekfac.partitions import basis_bytes, cubes, factor_bytes, grouped
 from influence_framework_ekfac.statistics import (
@@ -146,6 +148,24 @@ class KroneckerSolver:
     @abstractmethod
     def refits(self) -> bool:
         """Whether eigenvalues are refitted in the eigenbasis."""
+
+    def cost(self, workload: Workload) -> Cost:
+        """Passes over the data, and eigendecompositions as large as layers are wide."""
+        if "LayerStatistics" not in workload.capabilities:
+            raise MissingCapabilityError("the curvature gives no inputs and output gradients (LayerStatistics)")
+        if workload.uncovered and self.uncovered == "error":
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in workload.uncovered.items())
+            raise InvalidInputError(f"no LayerStatistics for {reasons}")
+        draws = workload.outputs if self.samples == "exact" else self.samples
+        element = torch.empty(0, dtype=self.dtype).element_size()
+        return cost_of_kronecker(
+            workload, draws, element, self.uncovered, refits=self.refits, exact=self.score_rtol == 0
+        )
+
+    @staticmethod
+    def advised(workload: Workload) -> list[dict[str, Any]]:
+        """As it is; and with the diagonal of parameters that no layer covers."""
+        return [{}, {"uncovered": "diagonal"}] if workload.uncovered else [{}]
 
     def fit(self, operator: LinearOperator, regularization: float) -> EkfacInverse:
         """Factor the layers of one operator.

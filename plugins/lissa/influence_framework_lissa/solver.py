@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from influence_framework.costs import Cost, Workload
 from influence_framework.errors import (
     ConvergenceWarning,
     IndefiniteOperatorWarning,
@@ -21,6 +22,7 @@ from influence_framework.errors import (
 )
 from influence_framework.inverses import Inverse, make_solution, row_norms, scaled_rows
 from influence_framework.protocols import LinearOperator, Minibatches, SavedState, Solution, StopReason
+from influence_framework_lissa.cost import cost_of_lissa
 from influence_framework_lissa.recursion import Rows, Systems, averaged, plain
 from influence_framework_lissa.spectrum import typical_largest
 
@@ -137,6 +139,14 @@ class LissaSolver:
                 stacklevel=2,
             )
         return inverse
+
+    def cost(self, workload: Workload) -> Cost:
+        """A mini-batch for every iteration, of which the spectrum tells how many."""
+        if self.dampen:
+            raise InvalidInputError(f"dampen = {self.dampen:g} solves with another λ than the one asked for")
+        scale = None if self.scale == "auto" else float(self.scale)
+        rtol = max(self.rtol, ATTAINABLE * workload.precision)
+        return cost_of_lissa(workload, scale, MARGIN / 2, rtol, self.averaging, self.maxiter)
 
     def restore(self, operator: LinearOperator, regularization: float, state: SavedState) -> LissaInverse:
         """The scale as it was."""

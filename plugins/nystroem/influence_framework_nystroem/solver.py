@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from influence_framework.costs import Cost, Workload
 from influence_framework.errors import (
     ConvergenceWarning,
     IndefiniteOperatorWarning,
@@ -21,8 +22,9 @@ from influence_framework.errors import (
 )
 from influence_framework.lowrank import LowRankInverse
 from influence_framework.protocols import LinearOperator, SavedState
+from influence_framework_nystroem.cost import cost_of_nystroem, rank_for
 from influence_framework_nystroem.sketch import Approximation, Sketch
-from influence_framework_nystroem.spectrum import Apply, lanczos_steps, residual_norm, ritz_values
+from influence_framework_nystroem.spectrum import NORM_STEPS, Apply, lanczos_steps, residual_norm, ritz_values
 
 FIRST_RANK = 32
 """Where the search for a rank starts; it doubles from there."""
@@ -133,6 +135,35 @@ class NystroemSolver:
             lowest=lowest,
             error=error,
         )
+
+    def cost(self, workload: Workload) -> Cost:
+        """A product with all test vectors together, for every pass of the power method too."""
+        ranks = [self.rank] if self.rank != "auto" else self._doubled(workload)
+        products = []
+        width = 0
+        for rank in ranks:
+            widened = min(rank + self.oversampling, workload.parameters)
+            products.append((1.0 + self.power_passes, float(widened - width)))
+            width = widened
+            if self.rank == "auto":
+                products.append((float(NORM_STEPS), 1.0))
+        if not workload.semidefinite:
+            products.append((float(self.checks), 1.0))
+        return cost_of_nystroem(workload, tuple(products), ranks[-1], width)
+
+    def _doubled(self, workload: Workload) -> list[int]:
+        """The ranks that ``"auto"`` would try, as far as the spectrum tells."""
+        ranks = [min(FIRST_RANK, self.max_rank)]
+        while ranks[-1] < min(self.max_rank, workload.parameters):
+            if workload.probed.at(ranks[-1] + 1) <= self.tolerance * workload.regularization:
+                break
+            ranks.append(min(2 * ranks[-1], self.max_rank))
+        return ranks
+
+    @staticmethod
+    def advised(workload: Workload) -> list[dict[str, Any]]:
+        """With a rank that reaches down to λ, as far as the spectrum tells."""
+        return [{"rank": rank_for(workload)}]
 
     def restore(self, operator: LinearOperator, regularization: float, state: SavedState) -> LowRankInverse:
         """The eigenpairs as they were, of the inverse or of its form as a preconditioner."""

@@ -1,0 +1,42 @@
+"""What ``nystroem`` takes, and the rank it is advised with."""
+
+from __future__ import annotations
+
+import math
+
+from influence_framework.costs import Cost, Fidelity, Products, Work, Workload
+
+LEFT = 3.0
+"""Norm of what a sketch leaves, in units of the first eigenvalue beyond its rank."""
+
+LEAST, MOST = 10, 512
+"""Ranks that are advised."""
+
+
+def rank_for(workload: Workload) -> int:
+    """The number of eigenvalues above λ, with a margin for what an estimate of it may miss."""
+    above = 1.2 * workload.probed.count(workload.regularization)
+    return min(max(LEAST, math.ceil(above)), MOST, workload.parameters)
+
+
+def cost_of_nystroem(workload: Workload, products: Products, rank: int, width: int) -> Cost:
+    """Of an approximation of ``rank`` from ``width`` test vectors, multiplied in ``products``."""
+    size, rank = workload.parameters, min(rank, workload.parameters)
+    left = workload.probed.at(rank + 1)
+    # Two orthonormal bases, the core in float64, and the eigenvectors.
+    flops = 14.0 * size * width**2 + 25.0 * width**3
+    applied = 8.0 * size * rank
+    return Cost(
+        Fidelity.LOW_RANK,
+        fit=Work(products=products, flops=flops, traffic=workload.vectors(10 * width)),
+        solve=Work(flops=applied * workload.columns, traffic=workload.vectors(4 * workload.columns + 4 * rank)),
+        fit_bytes=workload.vectors(5 * width),
+        held_bytes=workload.vectors(rank),
+        solve_bytes=workload.vectors(4 * workload.columns),
+        apply=Work(flops=applied, traffic=workload.vectors(4)),
+        deflated=LEFT * left,
+        reasons=(
+            f"rank {rank} leaves out eigenvalues of up to about {left:.2g}, "
+            f"{left / max(workload.regularization, 1e-300):.2g} λ",
+        ),
+    )
