@@ -178,23 +178,13 @@ def test_the_advised_method_is_as_good_as_any(case: Case) -> None:
 
 
 MEMORY = """
-import resource
 import sys
-from pathlib import Path
 
 import torch
 from torch import nn
 
 import influence_framework as inf
-
-
-def peak() -> int:
-    if sys.platform == "linux":
-        # What getrusage tells there starts from what the process that started this one held.
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+from tests.peak import peak
 
 
 def run(widths, solver, count):

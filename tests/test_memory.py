@@ -13,19 +13,13 @@ LIMIT = 500 * 2**20
 """Twice the default budget for caches and intermediate results, and about the allocator's own."""
 
 SCRIPT = """
-import resource
 import sys
 
 import torch
 from torch import nn
 
 import influence_framework as inf
-
-
-def peak() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
+from tests.peak import peak
 
 torch.manual_seed(0)
 net = nn.Sequential(
@@ -70,19 +64,11 @@ def test_pitfall_scores_of_small_images_fit_in_memory(mode: str, shape: list[int
 
 
 MANY = """
-import resource
-import sys
-
 import torch
 from torch import nn
 
 import influence_framework as inf
-
-
-def peak() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
+from tests.peak import peak
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
