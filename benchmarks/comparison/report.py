@@ -21,6 +21,7 @@ from matplotlib import pyplot as plt
 from influence_framework.evaluation import Estimate
 
 OURS = "ours"
+ADVISED = "as advised"
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,13 @@ def verdict(results: Sequence[Result]) -> list[str]:
                 f"{what}: {ours.method} of ours {ours.accuracy:.3f} in {ours.seconds:.3f} s, {name(peer)} "
                 f"{peer.accuracy:.3f} in {peer.seconds:.3f} s; a lead of {lead:+.3f}."
             )
+    said = next((r for r in mine if r.method == ADVISED), None)
+    ours = next((r for r in mine if not r.several), None)
+    if said is not None and ours is not None:
+        lines.append(
+            f"What `inf.advise` recommends: {said.accuracy:.3f} in {said.seconds:.3f} s, the advice included; "
+            f"{shown(ours) - shown(said):.3f} below the best of ours."
+        )
     others = [name(r) for r in front(results) if r.library != OURS]
     lines.append(f"On the front beside ours: {', '.join(others)}." if others else "The front is of ours alone.")
     return lines
