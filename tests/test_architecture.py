@@ -101,6 +101,7 @@ def test_core_imports_what_it_declares(path: Path) -> None:
         # markupsafe is what jinja2 marks text with.
         allowed |= {*modules(project(ROOT)["optional-dependencies"]["report"]), "markupsafe"}
     extras = {"reports.py": "pandas", "outputs.py": "pandas", "store.py": "store", "files.py": "save"}
+    extras["sklearn.py"] = "sklearn"
     if path.name in extras:
         allowed |= modules(project(ROOT)["optional-dependencies"][extras[path.name]])
     assert roots(path) <= allowed

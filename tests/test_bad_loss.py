@@ -103,3 +103,20 @@ def test_gradients_that_are_not_finite(source: str) -> None:
         inf.NonFiniteError, match=r"gradients of samples \[0, 1, 2, 3\] .* NaN or infinity: check"
     ):
         influence.influences(*exact[0])
+
+
+def test_sure_predictions_whose_losses_are_rounding_are_fine() -> None:
+    """Losses of 1e-6 in float32 are differences of logits of 15, and rounded as these are."""
+    torch.manual_seed(0)
+    x, y = torch.randn(12, 2), torch.arange(12) % 2
+    x[:, 0] = 7 * (2 * y - 1) + x[:, 0] / 10
+    linear = nn.Linear(2, 1).eval()
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[2.0, 0.1]]))
+    targets = y[:, None].float()
+    influence = inf.compose(
+        linear, nn.BCEWithLogitsLoss(), solver="direct", hessian_regularization=1e-3, preflight=False
+    )
+    for start in range(0, 12, 4):
+        part = slice(start, start + 4)
+        influence.fit([(x, targets)]).influences(x[part], targets[part])

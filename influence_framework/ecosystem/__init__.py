@@ -1,0 +1,1 @@
+"""Bridges to other libraries' models; each module needs its library when it is used, and not before."""
