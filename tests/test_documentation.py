@@ -89,6 +89,18 @@ def test_the_readme_finds_the_wrong_label(namespace: dict[str, object]) -> None:
     assert namespace["most_harmful"] == 7
 
 
+def test_the_tutorial_prints_what_it_shows(namespace: dict[str, object]) -> None:
+    text = (ROOT / "docs" / "tutorial.md").read_text()
+    printed = run(ROOT / "docs" / "tutorial.md", namespace)
+    shown = re.findall(r"```python\n((?:(?!```).*\n)*)```\n\n```text\n((?:(?!```).*\n)*)```", text)
+    assert len(shown) == 2
+    for code, output in shown:
+        first = text[: text.index(code)].count("\n") + 1
+        numbered = enumerate(code.splitlines(), start=first)
+        lines = [printed[number] for number, line in numbered if re.fullmatch(r"print\((?!.*  # ).*\)", line)]
+        assert "\n".join(lines) == output.rstrip("\n")
+
+
 def test_the_plugin_of_the_documentation_can_be_installed(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "plugins.md").read_text()
     (source,) = (block for block in blocks(text, "python") if block.startswith("# influence_cr.py"))
