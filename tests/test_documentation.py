@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 import tomllib
@@ -226,6 +227,48 @@ class TestPlugins:
     def test_every_class_attribute_of_solvers_is_named(self, attribute: str) -> None:
         assert f"``{attribute}``" in (inf.Solver.__doc__ or "")
         assert f"{attribute} = " in self.text
+
+
+def defined(module: ModuleType, name: str) -> str:
+    """Where a public name comes from, as a dotted path."""
+    thing = getattr(module, name)
+    if name == "PLUGIN_API_VERSION":
+        return "influence_framework.hookspecs.API_VERSION"
+    if name == "hookimpl":
+        return "influence_framework.hookspecs.hookimpl"
+    if not hasattr(thing, "__qualname__"):  # an instance: its class says in which module it is made
+        return f"{type(thing).__module__}.{name}"
+    return f"{thing.__module__}.{thing.__qualname__}"
+
+
+class TestApi:
+    text = (ROOT / "docs" / "api.md").read_text()
+    named = re.findall(r"^::: (\S+)$", text, re.MULTILINE)
+    packages = (
+        "influence_framework",
+        "influence_framework.evaluation",
+        "influence_framework.attribution",
+        "influence_framework.testing",
+        *(path.name for path in sorted(ROOT.glob("plugins/*/influence_framework_*"))),
+    )
+
+    @pytest.mark.parametrize("package", packages)
+    def test_every_public_name_is_on_the_page(self, package: str) -> None:
+        module = importlib.import_module(package)
+        expected = {defined(module, name) for name in module.__all__ if name != "evaluation"}
+        assert expected - set(self.named) == set()
+
+    def test_every_name_on_the_page_exists_and_is_there_once(self) -> None:
+        assert len(self.named) == len(set(self.named))
+        for path in self.named:
+            module, _, name = path.rpartition(".")
+            assert hasattr(importlib.import_module(module), name), path
+
+    def test_the_site_looks_for_docstrings_in_every_plugin(self) -> None:
+        configuration = (ROOT / "mkdocs.yml").read_text()
+        assert set(re.findall(r"^ +- (plugins/\w+)$", configuration, re.MULTILINE)) == {
+            f"plugins/{path.parent.name}" for path in ROOT.glob("plugins/*/pyproject.toml")
+        }
 
 
 def test_the_first_page_shows_the_picture_of_the_readme() -> None:
