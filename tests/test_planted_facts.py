@@ -12,18 +12,12 @@ import torch
 
 from tests.distributions import ROOT
 from tests.pages import check_self_contained, content
+from tests import scripts
 
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    path = ROOT / "examples" / "planted_facts" / "planted_facts.py"
-    specification = importlib.util.spec_from_file_location("planted_facts", path)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["planted_facts"] = module
-    specification.loader.exec_module(module)
-    return module
+    return scripts.example("planted_facts")
 
 
 def test_documents_with_a_fact_differ_from_their_decoys_in_the_order_of_words_alone(
