@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-from tests.distributions import ROOT
-from tests.pages import check_self_contained, content
 from tests import scripts
+from tests.pages import check_self_contained, content
 
 
 @pytest.fixture(scope="module")
