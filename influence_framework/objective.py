@@ -75,7 +75,11 @@ class Checking(Protocol):
 
 @runtime_checkable
 class SoftmaxLosses(Protocol):
-    """An objective that knows its losses as cross-entropies of a softmax, which then need not be found out."""
+    """An objective that knows its losses as cross-entropies of a softmax, which then need not be found out.
+
+    It is believed where one sample of a batch bears it out. A subclass with ``sample_losses`` of its own is
+    not, unless it says its own weights.
+    """
 
     def softmax_weights(self, outputs: Tensor, batch: Batch) -> tuple[int, Tensor]:
         """The class dimension of the logits, and what each cross-entropy counts.

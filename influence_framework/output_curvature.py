@@ -191,15 +191,33 @@ class Categorical(OutputCurvature):
 
     @classmethod
     def known(cls, objective: SoftmaxLosses, outputs: Tensor, batch: Batch) -> OutputCurvature | None:
-        """As the objective says, if the products of the first sample do not belie it; else ``None``."""
+        """As the objective says, if the products of the most curved sample do not belie it; else ``None``.
+
+        Raises:
+            InvalidInputError: Its weights are not one for each cross-entropy.
+        """
+        if not _says_for_its_losses(type(objective)):
+            return None
         axis, weights = objective.softmax_weights(outputs, batch)
+        axis %= outputs.ndim
+        expected_shape = (*outputs.shape[:axis], 1, *outputs.shape[axis + 1 :])
+        if weights.shape != expected_shape:
+            raise InvalidInputError(
+                f"softmax_weights of {type(objective).__name__} returned weights of shape "
+                f"{tuple(weights.shape)}: for outputs {tuple(outputs.shape)} with classes in dimension {axis} "
+                f"it is {expected_shape}."
+            )
         wide = outputs.detach().to(torch.promote_types(outputs.dtype, torch.float32))
         found = cls("categorical", outputs.dtype, wide, wide.softmax(axis), weights, axis)
-        products = _Products(cast(Objective, objective), outputs[:1], take(batch, slice(0, 1)))
-        p, probes, dim = found.probabilities[:1], products.probes, axis + 1
-        expected = weights[:1] * p * (probes - (p * probes).sum(dim, keepdim=True))
+        # A sample without a label, or whose softmax is saturated, would bear out any weights.
+        curved = (weights * (1 - found.probabilities.amax(axis, keepdim=True))).flatten(1).sum(1)
+        first = int(curved.argmax())
+        one = slice(first, first + 1)
+        products = _Products(cast(Objective, objective), outputs[one], take(batch, one))
+        p, probes, dim = found.probabilities[one], products.probes, axis + 1
+        expected = weights[one] * p * (probes - (p * probes).sum(dim, keepdim=True))
         # Where the softmax is saturated, terms as large as the weights have cancelled.
-        noise = float(weights[:1].max())
+        noise = float(weights[one].max())
         return found if products.agree(products.found, expected, noise) else None
 
     @property
@@ -323,6 +341,18 @@ class _Products:
                 "source 'empirical_fisher'; if this is rounding, the loss for logits (BCEWithLogitsLoss, …)."
             )
         return clamped
+
+
+def _says_for_its_losses(objective: type) -> bool:
+    """Whether what is said of the losses was said by the class that computes them, or by one derived from it.
+
+    One sample cannot tell what a subclass does to the losses of others, such as weights of its own.
+    """
+    for cls in objective.__mro__:
+        said, computed = (name in vars(cls) for name in ("softmax_weights", "sample_losses"))
+        if said or computed:
+            return said
+    return False
 
 
 def _unit_vectors(outputs: Float[Tensor, "n *shape"]) -> Float[Tensor, "c n *shape"]:

@@ -30,6 +30,14 @@ class Behind(nn.Module):
         return logits
 
 
+class NeverApplied(Behind):
+    """Uses a weight behind its module's back, and the module not at all."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.last(torch.tanh(functional.linear(x, self.used.weight, self.used.bias)))
+        return logits
+
+
 class Twice(nn.Module):
     """One module applied twice, and one weight in two modules."""
 
@@ -103,6 +111,16 @@ def test_a_weight_used_behind_its_module_is_refused() -> None:
     assert list(covered.uncovered) == ["used.weight", "used.bias"]
     assert "other ways" in covered.uncovered["used.weight"]
     check_gradients(problem, data, covered)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_weight_of_a_module_that_is_never_applied_is_refused(together: bool) -> None:
+    """Also where no other layer is in its block, so that nothing is recorded."""
+    problem, _, covered = build(NeverApplied())
+    if not together:
+        covered = cover(problem, problem.parameters.subset(problem.parameters.names[:2]))
+        assert not covered.layers
+    assert list(covered.uncovered) == ["used.weight", "used.bias"]
 
 
 @pytest.mark.parametrize("behind", [False, True])

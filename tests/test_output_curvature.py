@@ -364,3 +364,34 @@ class TestLossesThatSayWhatTheyAre:
         said, found = self.of(Doubled())
         assert_close(said.exact(), found.exact(), 1e-10)
         assert not torch.allclose(said.exact(), self.of(MaskedLM())[0].exact())
+
+    def test_a_subclass_that_weighs_samples_is_not_believed_of_those_of_weight_one(self) -> None:
+        class Weighted(MaskedLM):
+            def sample_losses(self, outputs: Tensor, batch: Any) -> Tensor:
+                # The most curved sample, the middle one, has the weight that is said.
+                weights = torch.tensor([5.0, 1.0, 5.0], dtype=outputs.dtype) if len(outputs) == 3 else 1.0
+                return weights * super().sample_losses(outputs, batch)
+
+        said, found = self.of(Weighted())
+        assert_close(said.exact(), found.exact(), 1e-10)
+        assert not torch.allclose(said.exact(), self.of(MaskedLM())[0].exact())
+
+    def test_a_sample_that_is_saturated_is_no_witness(self) -> None:
+        class Wrong(MaskedLM):
+            def softmax_weights(self, outputs: Tensor, batch: Any) -> tuple[int, Tensor]:
+                axis, weights = super().softmax_weights(outputs, batch)
+                return axis, 2 * weights
+
+        outputs = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        outputs[0, :, 1] = 1e3
+        batch = {"labels": torch.ones(3, 5, dtype=torch.long)}
+        said, found = (OutputCurvature.of(objective, outputs, batch) for objective in (Wrong(), MaskedLM()))
+        assert_close(said.exact(), found.exact(), 1e-10)
+
+    def test_weights_of_another_shape(self) -> None:
+        class Flat(MaskedLM):
+            def softmax_weights(self, outputs: Tensor, batch: Any) -> tuple[int, Tensor]:
+                return -1, outputs.new_ones(outputs.shape[:2])
+
+        with pytest.raises(InvalidInputError, match=r"Flat returned.*\(3, 5\).*dimension 2 it is \(3, 5, 1\)"):
+            self.of(Flat())

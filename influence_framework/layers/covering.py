@@ -187,8 +187,6 @@ def _refuted(problem: Problem, parameters: ParameterSpace, layers: list[Layer]) 
 
     pair = take(problem.example, slice(0, 2))
     recorded = Recorded.of(problem, layers, pair, rows)
-    if not cotangents:
-        return []
     leaves = parameters.leaves(problem.model)
     truth = []
     for i in range(problem.objective.size(pair)):

@@ -154,9 +154,10 @@ class Recorded:
         size, objective = len(tape.outputs), problem.objective
         present = objective.present(batch) if isinstance(objective, Masking) else []
         padded = [mask for mask in present if not mask.all()]
+        # Drawn for layers that the model did not apply too: all passes are to see the same draws.
+        cotangents = rows(tape.outputs.detach(), batch)
         if not tape.uses and not alone:
             return cls(size, [], [], padded)
-        cotangents = rows(tape.outputs.detach(), batch)
         uses, gradients = list(tape.uses), _output_gradients(problem, tape, cotangents)
         for use, gradient in _one_by_one(problem, alone, batch, cotangents) if alone else []:
             uses.append(use)

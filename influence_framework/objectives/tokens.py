@@ -53,14 +53,14 @@ class TokenObjective(FieldObjective):
         return labels_of(batch, self.name)
 
     def sample_losses(self, outputs: Float[Tensor, "n t v"], batch: Batch) -> Float[Tensor, " n"]:
-        return self._by_position(outputs, batch).sum(1)
+        return _by_position(self, outputs, batch).sum(1)
 
     def mean_loss(self, outputs: Float[Tensor, "n t v"], batch: Batch) -> Float[Tensor, ""]:
         return self.sample_losses(outputs, batch).mean()
 
     def token_losses(self, outputs: Float[Tensor, "n t v"], batch: Batch) -> Float[Tensor, "n t"]:
         """What every label adds to its sequence's loss: rows sum to ``ℓ_i``; zero for what does not count."""
-        return self._by_position(outputs, batch)
+        return _by_position(self, outputs, batch)
 
     def softmax_weights(
         self, outputs: Float[Tensor, "n t v"], batch: Batch
@@ -70,16 +70,6 @@ class TokenObjective(FieldObjective):
         if self.reduction == "mean":
             counted = counted / counted.sum(1, keepdim=True)
         return 2, counted[..., None]
-
-    def _by_position(self, outputs: Tensor, batch: Batch) -> Float[Tensor, "n t"]:
-        targets = self.targets(batch)
-        wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-        losses: Tensor = nn.functional.cross_entropy(
-            wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-        ).unflatten(0, targets.shape)
-        if self.reduction == "sum":
-            return losses
-        return losses / (targets != IGNORED).sum(1, keepdim=True)
 
     def validate(self, outputs: Tensor, batch: Batch) -> Self:
         targets = self.targets(batch)
@@ -135,7 +125,7 @@ class CausalLM(TokenObjective):
 
     def token_losses(self, outputs: Float[Tensor, "n t v"], batch: Batch) -> Float[Tensor, "n u"]:
         """At every token of the sequence; the first one is never predicted, and has none."""
-        return nn.functional.pad(self._by_position(outputs, batch), (1, 0))
+        return nn.functional.pad(_by_position(self, outputs, batch), (1, 0))
 
 
 @dataclass(frozen=True)
@@ -177,3 +167,14 @@ class Seq2SeqLM(TokenObjective):
         decoder = fields(batch).get("decoder_attention_mask")
         known = decoder != 0 if isinstance(decoder, Tensor) else self.targets(batch) != IGNORED
         return [*super().present(batch), known]
+
+
+def _by_position(objective: TokenObjective, outputs: Tensor, batch: Batch) -> Float[Tensor, "n t"]:
+    targets = objective.targets(batch)
+    wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+    losses: Tensor = nn.functional.cross_entropy(
+        wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    ).unflatten(0, targets.shape)
+    if objective.reduction == "sum":
+        return losses
+    return losses / (targets != IGNORED).sum(1, keepdim=True)

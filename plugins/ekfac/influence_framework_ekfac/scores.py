@@ -394,7 +394,9 @@ def _by_own_coordinates(
 ) -> Float[Tensor, "m n"]:
     weighted = test.weighted(given)
     step = _samples(budget, 2 * weighted.shape[1] * weighted.element_size())
-    return torch.cat([weighted @ part.formed().flatten(1).T for part in _parts(train, step)], dim=1)
+    # Of rotated positions that were joined, one side is not rounded as the other is.
+    found = [weighted @ part.formed().flatten(1).T.to(weighted.dtype) for part in _parts(train, step)]
+    return torch.cat(found, dim=1)
 
 
 def _by_gradients(test: Side, train: Side, spectral: Filter, budget: int) -> Float[Tensor, "m n"]:

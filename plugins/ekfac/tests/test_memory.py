@@ -77,6 +77,43 @@ def test_partitions_change_nothing(name: str, solver: str) -> None:
     assert_same([by_layer.influences(*test, *train)], whole[:1])
 
 
+class Gated(nn.Module):
+    """Applies its middle layer to batches with a sample that takes it, and to no others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, gate = torch.tanh(self.first(x)), (x[:, :1] > 0).to(x.dtype)
+        if gate.any():
+            hidden = hidden + gate * torch.tanh(self.middle(hidden))
+        logits: Tensor = self.last(hidden)
+        return logits
+
+
+def test_partitions_of_a_model_that_skips_layers_change_nothing() -> None:
+    """A pass for a layer alone sees the draws of batches that go without it too."""
+    torch.manual_seed(0)
+    net, data = Gated().double().eval(), []
+    for sign in (-1, -1, 1, 1):
+        x = torch.randn(6, 3, dtype=torch.float64)
+        x[:, 0] = sign * x[:, 0].abs()
+        data.append((x, torch.randint(3, (6,))))
+    scores = []
+    for partitions in (1, 3):
+        # So little memory that batches are not joined.
+        model = inf.compose(
+            net,
+            nn.CrossEntropyLoss(),
+            solver={"name": "ekfac", "partitions": partitions, "score_rtol": 0.0},
+            hessian_regularization=STRENGTH,
+            memory_budget=4000,
+        ).fit(data)
+        scores.append(model.influences(*data[3], *data[2]))
+    assert_close(scores[1], scores[0], 1e-12)
+
+
 def test_partitions_of_a_language_model_change_nothing() -> None:
     """The tied embedding, which is cut into smaller batches than the other layers, is in one of them."""
     test, train = (language.points("gpt2", side) for side in ("test", "train"))
@@ -150,6 +187,32 @@ def test_gradients_formed_in_lower_precision_are_off_by_a_few_roundings() -> Non
         assert ((rounded.self_influences(test).sqrt() - own[0]).abs() / own[0]).max() < 8 * eps
         # Factors are of the parameters, whose precision they have.
         assert_close(rounded.influence_factors(test), exact.influence_factors(test), 1e-12)
+
+
+class Averaged(nn.Module):
+    """A layer at every position, and another on their mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(20, 20), nn.Linear(20, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.last(torch.tanh(self.first(x)).mean(1))
+        return logits
+
+
+def test_sequences_of_all_lengths_are_scored_in_lower_precision() -> None:
+    """Of short ones positions are rotated; joined with others, they are of another precision."""
+    torch.manual_seed(0)
+    points = {n: (torch.randn(4, n, 20, dtype=torch.float64), torch.randint(3, (4,))) for n in (1, 2, 30)}
+    train = points[30]
+    model = compose(
+        Instance(Averaged().double().eval(), nn.CrossEntropyLoss(), [train]), score_dtype=torch.bfloat16
+    )
+    short = [points[1], points[2]]
+    wanted = torch.cat([model.influences(*batch, *train) for batch in short])
+    found = torch.from_numpy(inf.attribute(model, short, [train]).array)
+    assert_close(found, wanted, 4 * torch.finfo(torch.bfloat16).eps)
 
 
 def parts_of(sides: Any) -> list[Any]:
