@@ -64,6 +64,17 @@ class Net(nn.Module):
         return result
 
 
+class Scaled(Net):
+    """Not a chain of linear layers, so that products go through graphs."""
+
+    def __init__(self, limit: Limit, where: str) -> None:
+        super().__init__(limit, where)
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * self.scale.exp())
+
+
 DATA = [small.points(8), small.points(7, 2)]
 TEST, TRAIN = small.points(6, 5), small.points(13, 6)
 SOLVERS: dict[str, Any] = {
@@ -119,6 +130,22 @@ def test_smaller_batches_give_the_same(solver: str, where: str, kind: str) -> No
     (said,) = [warning for warning in caught if warning.category is inf.SmallerBatchWarning]
     assert re.search("with more than [23] samples at a time", str(said.message))
     assert said.filename == __file__
+
+
+@pytest.mark.parametrize("source", ["gauss_newton", "hessian"])
+def test_graphs_that_were_kept_are_made_again_for_smaller_batches(source: str) -> None:
+    limit = Limit()
+    torch.manual_seed(0)
+    net = Scaled(limit, "backward").double().eval()
+    fitted = inf.compose(
+        net, nn.CrossEntropyLoss(), solver=SOLVERS["cg"], source=source, hessian_regularization=1.0
+    ).fit(DATA)
+    wanted = fitted.influences(*TEST)
+    assert limit.seen == 15
+    limit.most = 6
+    with pytest.warns(inf.SmallerBatchWarning, match="more than 7 samples"):
+        found = fitted.influences(*TEST)
+    assert_close(found, wanted, 1e-10)
 
 
 def test_a_single_sample_that_is_too_much_says_what_to_do() -> None:

@@ -116,13 +116,19 @@ class StreamingOperator(Operator):
             for batch, size in self.problem.batches():
                 yield self.linearize(batch), size
             return
-        model = self.problem.model
+        model, room = self.problem.model, self.problem.room
         versions = [tensor._version for tensor in (*model.parameters(), *model.buffers())]
-        if self._cache.kept is None or self._cache.versions != versions:
-            # A graph through tensors that were written to since, be it with the same values, is lost.
+        kept = self._cache.kept
+        if kept is None or self._cache.versions != versions or any(room.at_most(n) < n for _, n in kept):
+            # A graph through tensors that were written to since, be it with the same values, is lost; and
+            # where memory ran out with a batch, so is its graph, before those of smaller ones are made.
+            del kept
+            self._cache.kept = None
             self._cache.kept = [(self.linearize(batch), size) for batch, size in self.problem.batches()]
             self._cache.versions = versions
-        yield from self._cache.kept
+        for linearization, size in self._cache.kept:
+            room.last = size
+            yield linearization, size
 
     def _matmat(self, columns: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
         # Rows are contiguous vectors: each parameter's part of them is a view, with nothing to copy.

@@ -49,7 +49,7 @@ class _File:
             Path(unfinished).replace(self.path)
         finally:
             Path(unfinished).unlink(missing_ok=True)
-        weakref.finalize(self, _remove, self.path)
+        weakref.finalize(self, _remove, self.path, os.getpid())
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Another process reads the file and leaves it where it is.
@@ -65,8 +65,10 @@ class _File:
         return mapped(self.path, name)
 
 
-def _remove(path: str) -> None:
-    Path(path).unlink(missing_ok=True)
+def _remove(path: str, owner: int) -> None:
+    # A process that was forked off has a copy of the inverse, and not of the file.
+    if os.getpid() == owner:
+        Path(path).unlink(missing_ok=True)
 
 
 def _seen(path: str, nbytes: int) -> _File:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import pickle
 import weakref
 from collections.abc import Callable
@@ -444,6 +445,18 @@ def test_files_are_removed_with_the_model(tmp_path: Path) -> None:
         path.unlink()
     with pytest.raises(inf.InvalidInputError, match="is gone"):
         other.influences(*test)
+
+
+def test_a_process_that_was_forked_off_removes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker of a loader, say, in which copies of the inverse end with it."""
+    model = compose(dense.made(CASES["ragged_last_batch"])[0], storage=str(tmp_path))
+    before = set(files(tmp_path))
+    with monkeypatch.context() as there:
+        there.setattr(os, "getpid", lambda: 0)
+        del model
+        gc.collect()
+    assert before
+    assert set(files(tmp_path)) == before
 
 
 def files(folder: Path) -> list[Path]:
