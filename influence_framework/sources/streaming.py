@@ -122,11 +122,10 @@ class StreamingOperator(Operator):
         if kept is None or self._cache.versions != versions or any(room.at_most(n) < n for _, n in kept):
             # A graph through tensors that were written to since, be it with the same values, is lost; and
             # where memory ran out with a batch, so is its graph, before those of smaller ones are made.
-            del kept
-            self._cache.kept = None
-            self._cache.kept = [(self.linearize(batch), size) for batch, size in self.problem.batches()]
-            self._cache.versions = versions
-        for linearization, size in self._cache.kept:
+            kept = self._cache.kept = None
+            kept = [(self.linearize(batch), size) for batch, size in self.problem.batches()]
+            self._cache.kept, self._cache.versions = kept, versions
+        for linearization, size in kept:
             room.last = size
             yield linearization, size
 
