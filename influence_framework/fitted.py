@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence_framework.checks import model_state
-from influence_framework.data import Batch, random_state_kept
+from influence_framework.data import Batch, random_state_kept, split
 from influence_framework.errors import InvalidInputError, NonFiniteError
 from influence_framework.gradients import (
     Factors,
@@ -334,11 +334,15 @@ class Fitted:
         self, batch: Batch, copies: int = SOLVE_COPIES, problem: Problem | None = None
     ) -> Iterator[Float[Tensor, "m P"]]:
         """Per-sample gradients, as many at a time as can be solved for within the budget."""
-        parameters = self.problem.parameters
+        parameters, room = self.problem.parameters, self.problem.room
         count = samples_within(self.problem, parameters, self.problem.memory_budget, copies)
         work = partial(sample_gradients, problem or self.problem, parameters)
-        for _, found in in_pieces(self.problem.room, batch, self.size, count, work):
-            yield found
+        if not self.divided or self.layer_scorer() is not None:
+            yield from (found for _, found in in_pieces(room, batch, self.size, count, work))
+            return
+        # Memory may run out in one process alone, and all are to solve for the same samples at a time.
+        for chunk in split(batch, self.size(batch), self.problem.agreed(count)):
+            yield torch.cat([found for _, found in in_pieces(room, chunk, self.size, count, work)])
 
 
 @contextmanager

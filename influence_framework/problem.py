@@ -249,6 +249,12 @@ class Problem:
         (whole,) = self.total(lambda _: [number], "a number of samples")
         return int(whole)
 
+    def agreed(self, count: int) -> int:
+        """``count`` samples at a time, or as few as some process has room for: to solve, all keep in step."""
+        if self.processes is None:
+            return count
+        return min(self.processes.gather(count, "how many samples to solve for at a time"))
+
     def _tried(self, batch: Batch) -> Self:
         """What the first samples tell: that each is on its own, what one costs, and which derivatives exist."""
         self.room.last = min(2, self.objective.size(batch))

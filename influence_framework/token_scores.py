@@ -79,7 +79,7 @@ def _token_gradients(problem: Problem, sample: Batch) -> Iterator[Float[Tensor, 
     leaves = parameters.leaves(problem.model)
     with torch.enable_grad():
         losses = token_losses(problem, leaves, sample)[0]
-    step = samples_within(problem, parameters, problem.memory_budget, SOLVE_COPIES)
+    step = problem.agreed(samples_within(problem, parameters, problem.memory_budget, SOLVE_COPIES))
     for rows in torch.eye(len(losses), dtype=losses.dtype, device=losses.device).split(step):
         found = pull_back([losses], list(leaves.values()), [rows])
         like = losses.new_zeros(len(rows), parameters.numel)

@@ -10,6 +10,7 @@ import os
 import pickle
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -119,6 +120,29 @@ RANDOM: dict[str, Callable[[str], np.ndarray]] = {
     "lissa": lambda executor: drawn(executor, {"name": "lissa", "rtol": 1e-2}),
     "ekfac of drawn labels": lambda executor: drawn(executor, "ekfac"),
 }
+
+
+class Scarce(nn.Module):
+    """Has room for three samples at a time, in the second of several processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if distributed.is_initialized() and rank() == 1 and len(x) > 3:
+            raise MemoryError
+        logits: Tensor = self.inner(x)
+        return logits
+
+
+def scarce(executor: str) -> np.ndarray:
+    """Scores where memory runs out in one process alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", inf.SmallerBatchWarning)
+        model = composed(module=Scarce().double().eval()).fit(batches(TRAIN, 17), executor=executor)
+        scores: np.ndarray = model.influences(*TEST, *TRAIN).numpy()
+    return scores
 
 
 def drawn(executor: str, solver: Any) -> np.ndarray:
@@ -244,6 +268,7 @@ def cases(folder: Path) -> dict[str, Callable[[], Any]]:
     half = {"name": MANY, "divided": True}
     return {
         **{name: lambda case=case: case(MANY) for name, case in {**SOLVERS, **RANDOM}.items()},
+        "scarce": lambda: scarce(MANY),
         "NaN in one share": lambda: fit(batches(with_nan(21), 17)),
         "an error in a later pass": lambda: disturbed(Nth(TRAIN, 3)),
         "an error in the first pass": lambda: fit(Nth(TRAIN, 1)),

@@ -78,6 +78,13 @@ def test_random_mini_batches_lead_to_the_same_solution(found: list[dict[str, Any
     np.testing.assert_allclose(there, here, rtol=0, atol=3e-2 * np.abs(here).max())
 
 
+def test_memory_that_runs_out_in_one_process_is_met_in_all(found: list[dict[str, Any]]) -> None:
+    """They solve for as many samples at a time as the one has room for."""
+    here = program.scarce("sequential")
+    for results in found:
+        np.testing.assert_allclose(results["scarce"], here, rtol=0, atol=1e-10 * np.abs(here).max())
+
+
 def test_draws_are_others_of_the_same_distribution(found: list[dict[str, Any]]) -> None:
     name = "ekfac of drawn labels"
     here, (there, other) = program.RANDOM[name]("sequential"), (results[name] for results in found)

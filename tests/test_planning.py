@@ -74,7 +74,7 @@ def test_a_plan_of_a_fit_goes_through_few_samples_and_leaves_nothing_behind() ->
 
 
 @pytest.mark.usefixtures("clock")
-@pytest.mark.parametrize("budget", [2**28, 3_000])
+@pytest.mark.parametrize("budget", [2**28, 8_000])
 def test_the_plan_of_scores(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     influence = composed(memory_budget=budget).fit(batches(TRAIN, 40))
     for store in (False, True):

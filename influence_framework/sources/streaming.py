@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence_framework.costs import Work, by_columns, layers_forming
-from influence_framework.data import Batch
+from influence_framework.data import Batch, split
 from influence_framework.errors import NonFiniteError
 from influence_framework.layers import Cover, Layer, LayerBatch, Rows, Samples, cover, layer_batches
 from influence_framework.operators import Operator, dense_by_columns
@@ -252,7 +252,8 @@ class MinibatchOperator(Operator):
 
     def _product(self, rows: Float[Tensor, "k P"], problem: Problem) -> list[Float[Tensor, "k P"]]:
         product = torch.zeros_like(rows)
-        linearization = self.whole.linearize(self.batch)
-        own = problem.objective.size(self.batch)
-        linearization.add(product, rows, own / self.size, problem.memory_budget)
+        own, room = problem.objective.size(self.batch), problem.room
+        for piece in split(self.batch, own, room.at_most(own)):
+            room.last = size = problem.objective.size(piece)
+            self.whole.linearize(piece).add(product, rows, size / self.size, problem.memory_budget)
         return [product]

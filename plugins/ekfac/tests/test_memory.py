@@ -7,6 +7,7 @@ import os
 import pickle
 import weakref
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -62,20 +63,40 @@ def assert_same(found: list[Tensor], wanted: list[Tensor], tolerance: float = 1e
         assert_close(mine, theirs, tolerance)
 
 
+@cache
+def made(name: str) -> tuple[Instance, Any]:
+    return dense.made(CASES[name])
+
+
+@cache
+def plain(name: str, rtol: float) -> tuple[inf.TorchInfluenceFunctionModel, list[Tensor]]:
+    """Everything on the device and nothing in parts, and its scores."""
+    instance, test = made(name)
+    model = compose(instance, score_rtol=rtol)
+    return model, everything(model, test, instance.data[0])
+
+
+def curvatures(model: inf.TorchInfluenceFunctionModel) -> list[Tensor]:
+    """All that an inverse is made of: scores are the same where these are."""
+    layers = [
+        layer for inverse in model.inverses.values() for layer in cast(EkfacInverse, inverse).layers.values()
+    ]
+    return [part for layer in layers for part in layer.basis.tensors().values()]
+
+
 @pytest.mark.parametrize(
     ("name", "solver"), [*((name, "ekfac") for name in LAYERED), ("module_used_twice", "kfac")]
 )
 def test_partitions_change_nothing(name: str, solver: str) -> None:
     """Of drawn targets too: every pass sees the same."""
-    instance, test = dense.made(CASES[name])
-    train = instance.data[0]
-    for samples, choices in ((1, (2,)), (2, (3, 100, "auto"))):
-        whole = everything(compose(instance, name=solver, samples=samples), test, train)
+    instance, _ = made(name)
+    for samples, choices in ((1, (2,)), (2, (3, "auto"))):
+        whole = curvatures(compose(instance, name=solver, samples=samples))
         for partitions in choices:
             parts = compose(instance, name=solver, samples=samples, partitions=partitions, memory_budget=1000)
-            assert_same(everything(parts, test, train), whole)
+            assert_same(curvatures(parts), whole)
     by_layer = compose(instance, "per_layer", name=solver, samples=2, partitions=2)
-    assert_same([by_layer.influences(*test, *train)], whole[:1])
+    assert_same(curvatures(by_layer), whole)
 
 
 class Gated(nn.Module):
@@ -131,17 +152,18 @@ def test_partitions_of_a_language_model_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("name", LAYERED)
-@pytest.mark.parametrize("storage", ["device", "host", "mapped"])
+@pytest.mark.parametrize("storage", ["host", "mapped"])
 def test_storage_changes_nothing(name: str, storage: str, tmp_path: Path) -> None:
-    instance, test = dense.made(CASES[name])
+    instance, test = made(name)
     place = str(tmp_path / "bases") if storage == "mapped" else storage
     for rtol in (0.0, 1e-4):
-        whole = compose(instance, score_rtol=rtol)
+        whole, wanted = plain(name, rtol)
         kept = compose(instance, score_rtol=rtol, storage=place, partitions=2)
-        assert_same(everything(kept, test, instance.data[0]), everything(whole, test, instance.data[0]))
+        assert_same(everything(kept, test, instance.data[0]), wanted)
         mine, theirs = (cast(EkfacInverse, model.inverses["full"]) for model in (kept, whole))
         assert mine.spectrum == pytest.approx(theirs.spectrum, rel=1e-12)
-        assert all(isinstance(layer.basis, Stored) for layer in mine.layers.values()) is (storage != "device")
+        for inverse, elsewhere in ((mine, True), (theirs, False)):
+            assert all(isinstance(layer.basis, Stored) is elsewhere for layer in inverse.layers.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
