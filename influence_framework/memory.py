@@ -94,6 +94,8 @@ class Room:
             self.most = size // 2
         elif size == 1:
             error.add_note(SINGLE)
+            # Fewer samples did not help: what is known is what it was at the last success.
+            self.most = self._told
         return size > 1
 
     def _tell(self) -> None:

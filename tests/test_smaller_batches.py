@@ -170,6 +170,8 @@ def test_a_single_sample_that_is_too_much_says_what_to_do() -> None:
     for call in (lambda: fitted.influences(*TEST), lambda: model(limit, "cg", "forward").fit(DATA)):
         with pytest.raises(inf.OutOfMemoryError, match=rf"{SINGLE}: lower memory_budget.* or use shorter"):
             call()
+    # Nothing was learnt of it: where something else held the memory, all is as before.
+    assert fitted.fitted.problem.room.most is None
 
 
 def test_pieces_are_in_order_and_draws_are_wound_back() -> None:
