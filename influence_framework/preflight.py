@@ -193,7 +193,9 @@ class Preflight:
                         continue  # said already; its curvature is zero
                     with suppress(NonFiniteError):  # a solver that needs products raises it in its turn
                         # All of the memory budget is this block's, so that its graphs are kept.
-                        operator = source.operator(replace(few, parameters=parts[name]), parts[name])
+                        operator = source.operator(
+                            replace(few, parameters=parts[name], whole=few.parameters), parts[name]
+                        )
                         blocks[name] = _with_spectrum(blocks[name], operator, steps)
         found = cls(
             parameters=problem.parameters.numel,

@@ -81,6 +81,7 @@ class Problem:
             all. ``size`` counts the samples of all shares.
         confirmed: What was found out of the model's layers for all blocks, once; see ``layers.covering``.
         room: How many samples at a time memory was found to have room for.
+        whole: The parameters of all blocks, where ``parameters`` are those of one; else ``None``.
     """
 
     model: nn.Module
@@ -102,6 +103,7 @@ class Problem:
     processes: Processes | None = None
     confirmed: list[Any] = field(default_factory=list, repr=False, compare=False)
     room: Room = field(default_factory=Room)
+    whole: ParameterSpace | None = None
 
     @classmethod
     def build(

@@ -142,7 +142,7 @@ def test_blocks_are_covered_as_they_are_alone(behind: bool, monkeypatch: pytest.
     names = problem.parameters.names
     blocks = [problem.parameters.subset(part) for part in (names[:2], names[2:])]
     # As before the fit, where each block is looked at by itself.
-    cover(dataclasses.replace(problem, parameters=blocks[1]), blocks[1])
+    cover(dataclasses.replace(problem, parameters=blocks[1], whole=problem.parameters), blocks[1])
     found = [cover(problem, block) for block in blocks]
     assert tried == ([2, 1, 1, 1] if behind else [2])
     for block, each in zip(blocks, found, strict=True):

@@ -58,8 +58,7 @@ def _known(problem: Problem, layers: list[Layer]) -> tuple[list[Layer], list[Lay
     Blocks are many: that each runs the model by itself is needed only where some layer does not hold.
     """
     if not problem.confirmed:
-        # Not of problem.parameters, which are those of one block where each is looked at before the fit.
-        whole = ParameterSpace.of(problem.model)
+        whole = problem.whole or problem.parameters
         every, _ = _candidates(problem.model, whole)
         found, refuted = _confirmed(problem, whole, every)
         ways = {} if refuted else {_key(layer): layer.shared for layer in found}
