@@ -112,7 +112,23 @@ def check_leaves(batch: Batch, parameters: ParameterSpace, what: str) -> None:
                     f"convert with .to({parameters.dtype})."
                 )
             if not _all_finite(tensor):
-                raise NonFiniteError(f"The {what} contains NaN or infinity: drop or impute those samples.")
+                raise NonFiniteError(
+                    f"There is NaN or infinity in the {what}{_where(tensor)}: drop or impute those samples."
+                )
+
+
+def _where(tensor: Tensor, listed: int = 8) -> str:
+    """The first samples that are not finite, by their places in the batch."""
+    if not tensor.ndim:
+        return ""
+    places: list[int] = []
+    for place, sample in enumerate(tensor):
+        if not _all_finite(sample):
+            places.append(place)
+            if len(places) > listed:
+                break
+    names = ", ".join(map(str, places[:listed])) + (", …" if len(places) > listed else "")
+    return f" (sample{'s' * (len(places) > 1)} {names} of a batch of {len(tensor)})"
 
 
 def _all_finite(tensor: Tensor) -> bool:

@@ -50,6 +50,7 @@ def compose(
             names; curvature between blocks is left out.
         hessian_regularization: λ of ``(C + λI)⁻¹``, in the units of the curvature of the *mean* loss; one
             number, or one per block name; ``RelativeRegularization(0.1)`` is a tenth of the mean eigenvalue.
+            Left out, 0: right only for a curvature without null directions.
         memory_budget: Bytes for caches and intermediate results beside model, data and results.
         refine: A solver that starts from what ``solver`` gives, with it as its preconditioner, and measures
             residuals: ``{"name": "cg", "maxiter": 10}`` turns a cheap approximation into an exact method.

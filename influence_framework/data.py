@@ -192,13 +192,18 @@ def check_reiterable(data: Any) -> None:
         )
     if not isinstance(data, Iterable) or isinstance(data, Tensor | str | bytes | Mapping):
         raise InvalidInputError(
-            f"Training data is a DataLoader or any re-iterable of batches (x, y), not {type(data).__name__}."
+            f"Data is a DataLoader or any re-iterable of batches (x, y), not {type(data).__name__}."
         )
     if isinstance(data, Iterator):
         raise InvalidInputError(
             f"Got a one-shot iterator ({type(data).__name__}): the data is read once for every product. "
             "Pass a DataLoader, or a list of batches."
         )
+
+
+def in_one_batch(batch: Any) -> str:
+    """What to do where a tensor came in place of a batch: most likely a pair was given in place of batches."""
+    return " All samples in one batch are [(x, y)]." if isinstance(batch, Tensor) else ""
 
 
 @dataclass(frozen=True, eq=False)

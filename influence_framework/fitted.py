@@ -235,7 +235,7 @@ class Fitted:
             swapped = self.scores(train, test, mode, log, problems[::-1])
             return {name: part.T for name, part in swapped.items()}
         if mode is InfluenceMode.Up and (scorer := self.layer_scorer()) is not None:
-            with _scored(self.blocks.values(), self.size(test), log):
+            with scored(self.blocks.values(), self.size(test), log):
                 (scores,) = scorer.scores(test, train, problems=problems)
             return scores
         parts = []
@@ -263,7 +263,7 @@ class Fitted:
         at = {name: block.at_each(strengths[name]) for name, block in self.blocks.items()}
         if mode is InfluenceMode.Up and (scorer := self.layer_scorer()) is not None:
             inverses = [{name: at[name][i].inverse for name in at} for i in range(len(values))]
-            with _scored([block for each in at.values() for block in each], self.size(test), log):
+            with scored([block for each in at.values() for block in each], self.size(test), log):
                 return dict(zip(values, scorer.scores(test, train, inverses, problems), strict=True))
         parts = []
         for gradients in self.gradients(test, SOLVE_COPIES * len(values), problems[0]):
@@ -293,7 +293,7 @@ class Fitted:
     def self_scores(self, batch: Batch, log: SolveLog) -> dict[str, Float[Tensor, " n"]]:
         """``∇ℓᵀ (C + λI)⁻¹ ∇ℓ`` of every sample with itself, by block; never of pairs."""
         if (scorer := self.layer_scorer()) is not None:
-            with _scored(self.blocks.values(), self.size(batch), log):
+            with scored(self.blocks.values(), self.size(batch), log):
                 return scorer.self_scores(batch)
         parts = [
             {
@@ -346,7 +346,7 @@ class Fitted:
 
 
 @contextmanager
-def _scored(blocks: Collection[FittedBlock], count: int, log: SolveLog) -> Iterator[None]:
+def scored(blocks: Collection[FittedBlock], count: int, log: SolveLog) -> Iterator[None]:
     """Note the scores of ``count`` samples, worked out within, which no right-hand side was solved for."""
     start = time.perf_counter()
     yield

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from influence_framework.data import Batch, leaves
+from influence_framework.data import Batch, in_one_batch, leaves
 from influence_framework.errors import InvalidInputError
 from influence_framework.memory import is_out_of_memory
 
@@ -348,7 +348,7 @@ class SupervisedObjective:
 def _pair(batch: Batch) -> tuple[Any, Any]:
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         got = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
-        raise InvalidInputError(f"Expected batches (x, y), got {got}.")
+        raise InvalidInputError(f"Expected batches (x, y), got {got}.{in_one_batch(batch)}")
     x, y = batch
     return x, y
 

@@ -58,7 +58,10 @@ DATA: dict[str, tuple[Action, str]] = {
     "tensor": (fit(lambda: points()[0]), "DataLoader or any re-iterable of batches .*, not Tensor"),
     "mapping": (fit(lambda: {"x": points()[0]}), "re-iterable of batches .*, not dict"),
     "number": (fit(lambda: 3), "re-iterable of batches .*, not int"),
-    "the pair itself": (fit(points), r"batches \(x, y\), got Tensor"),
+    "the pair itself": (
+        fit(points),
+        r"batches \(x, y\), got Tensor\. All samples in one batch are \[\(x, y\)\]",
+    ),
     "inputs alone": (fit(lambda: [points()[0]]), r"batches \(x, y\), got Tensor"),
     "triples": (fit(lambda: [(*points(), points()[1])]), r"batches \(x, y\), got 3 parts"),
     "mappings": (fit(lambda: [{"x": points()[0], "y": points()[1]}]), r"batches \(x, y\), got dict"),
@@ -83,11 +86,11 @@ DATA: dict[str, tuple[Action, str]] = {
     "targets on another device": (fit(changed(1, lambda y: y.to("meta"))), "on meta, the model on cpu"),
     "NaN inputs": (
         fit(changed(0, lambda x: with_value(x, NAN))),
-        "training data contains NaN or infinity: drop or",
+        r"NaN or infinity in the training data \(sample 0 of a batch of 3\): drop or",
     ),
     "infinite inputs": (
         fit(changed(0, lambda x: with_value(x, INF))),
-        "training data contains NaN or infinity",
+        "NaN or infinity in the training data",
     ),
     "NaN targets": (
         fit(
@@ -95,7 +98,7 @@ DATA: dict[str, tuple[Action, str]] = {
             module=net(1),
             loss=nn.MSELoss(),
         ),
-        "training data contains NaN or infinity",
+        "NaN or infinity in the training data",
     ),
 }
 

@@ -277,8 +277,8 @@ ARGUMENTS: dict[str, tuple[Scores, str]] = {
     "no test point": (lambda m: m.influences(X[:0], Y[:0]), "the test data has no sample"),
     "dtype": (lambda m: m.influences(X.float(), Y), r"test data holds torch.float32, .*\.to\(torch.float64\)"),
     "device": (lambda m: m.influences(X, Y, X.to("meta"), Y), "training points is on meta, the model on cpu"),
-    "NaN": (lambda m: m.influences(X * NAN, Y), "test data contains NaN or infinity"),
-    "infinity": (lambda m: m.influence_factors(X * INF, Y), "points contains NaN or infinity"),
+    "NaN": (lambda m: m.influences(X * NAN, Y), "NaN or infinity in the test data"),
+    "infinity": (lambda m: m.influence_factors(X * INF, Y), r"NaN or infinity in the points \(samples 0, 1, 2"),
     "short factors": (
         lambda m: m.influences_from_factors(ROWS[:, 1:], X, Y),
         r"must be \(m, 26\), .*got \(2, 25\)",

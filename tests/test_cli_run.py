@@ -24,6 +24,7 @@ PROJECT = """
 import time
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 generator = torch.Generator().manual_seed(0)
 x, y = torch.randn(60, 4, generator=generator), torch.randint(0, 3, (60,), generator=generator)
@@ -58,6 +59,9 @@ def pairs():
 
 train = Loader()
 test = [(x[:4].double() + 1, y[:4])]
+
+def shuffled():
+    return DataLoader(TensorDataset(x.double(), y), batch_size=10, shuffle=True)
 """
 
 CONFIG = """
@@ -358,7 +362,11 @@ BAD: dict[str, tuple[dict[str, str | None], str]] = {
     ),
     "no model": ({"model": 'model = "{name}:x"'}, "line 2: model: 'project_"),
     "no loss": ({"loss": 'loss = "{name}:x"'}, "line 3: loss: 'project_"),
-    "no data": ({"train": 'train = "{name}:x"'}, "Training data is a DataLoader or any re-iterable"),
+    "a loader that shuffles": (
+        {"train": 'train = "{name}:shuffled"'},
+        ":shuffled': The loader shuffles, so that",
+    ),
+    "no data": ({"train": 'train = "{name}:x"'}, "Data is a DataLoader or any re-iterable"),
 }
 
 

@@ -16,6 +16,7 @@ from influence_framework.data import (
     Joiner,
     check_reiterable,
     detached,
+    in_one_batch,
     leaves,
     one_pass,
     random_state,
@@ -104,7 +105,9 @@ def _identified(raw: Any, seen: int, loader: Iterable[Any]) -> tuple[Batch, Iden
         raw = (raw, None)
     if not isinstance(raw, tuple | list) or len(raw) not in (2, 3):
         got = f"{len(raw)} parts" if isinstance(raw, tuple | list) else type(raw).__name__
-        raise InvalidInputError(f"Expected batches (x, y) or (x, y, identifiers), got {got}.")
+        raise InvalidInputError(
+            f"Expected batches (x, y) or (x, y, identifiers), got {got}.{in_one_batch(raw)}"
+        )
     batch = (raw[0], raw[1])
     count = len(next(leaves(batch)))
     if len(raw) == 2:

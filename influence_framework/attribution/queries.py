@@ -13,7 +13,7 @@ from torch import Tensor
 from influence_framework.attribution.blocks import Block
 from influence_framework.data import Batch, take
 from influence_framework.devices import to_device
-from influence_framework.fitted import Fitted
+from influence_framework.fitted import Fitted, scored
 from influence_framework.layer_scores import Sides, nbytes
 from influence_framework.points import checked_points
 from influence_framework.protocols import InfluenceMode
@@ -134,7 +134,7 @@ class Prepared(NamedTuple):
 
     Attributes:
         held: Factors ``(C + λI)⁻¹ ∇ℓ``, ``(m, P)``; or, for inverses that work on layers, those' own objects.
-        report: On right-hand sides, where there were any.
+        report: On right-hand sides, or on what an inverse gave without any.
     """
 
     held: Float[Tensor, "m P"] | Sides
@@ -157,7 +157,9 @@ class Preparation:
         scorer = self.fitted.layer_scorer()
         batches = _checked(self.fitted, block, outputs=scorer is None)
         if scorer is not None:
-            return Prepared(scorer.combined([s for b in batches for _, s in scorer.prepared(b)]), log.report())
+            with scored(self.fitted.blocks.values(), len(block), log):
+                held = scorer.combined([s for b in batches for _, s in scorer.prepared(b)])
+            return Prepared(held, log.report())
         factors = [self.fitted.assemble(self.fitted.factors(batch, log)) for batch in batches]
         return Prepared(torch.cat(factors), log.report())
 

@@ -23,6 +23,7 @@ from influence_framework.attribution import (
     TorchDistributedExecutor,
     attribute,
 )
+from influence_framework.attribution.blocks import blocks, shuffles
 from influence_framework.attribution.store import MANIFEST
 from influence_framework.cli.config import Config
 from influence_framework.cli.imports import load, modules_beside
@@ -148,6 +149,7 @@ def run(path: Path, *, resume: bool = False, progress: bool = True) -> Outcome |
             composition["solver"] = _showing_progress(composition["solver"])
         model = compose(things["model"], things["loss"], **composition)
         _check_blocks(config, model)
+        _check_order(config, things)
         start = time.perf_counter()
         if leads:
             print(f"Fitting {type(model.solver).__name__} to the training data …", file=sys.stderr)
@@ -191,6 +193,16 @@ def _check_store(config: Config, *, resume: bool) -> None:
         raise config.problem(
             ("store",), f"{store} holds scores already: go on with them by --resume, or choose another folder."
         )
+
+
+def _check_order(config: Config, things: Mapping[str, Any]) -> None:
+    """Raise for a loader whose points could not be told apart, before the fit and not after it."""
+    for name in ("train", "test"):
+        if name in things and shuffles(things[name]):
+            try:
+                next(blocks(things[name], 1), None)
+            except InvalidInputError as error:
+                raise config.problem((name,), f"{config.values[name]!r}: {error}") from None
 
 
 def _check_blocks(config: Config, model: TorchInfluenceFunctionModel) -> None:

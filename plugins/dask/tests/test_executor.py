@@ -181,7 +181,7 @@ class TestFailures:
     @pytest.mark.usefixtures("current")
     def test_of_a_job_come_through_as_they_are(self) -> None:
         bad = [*batches(TRAIN, 13), (TRAIN[0][:2] * float("nan"), TRAIN[1][:2])]
-        with pytest.raises(inf.InvalidInputError, match="points from 0 on contains NaN"):
+        with pytest.raises(inf.InvalidInputError, match="NaN or infinity in the points from 0 on"):
             inf.attribute(fitted(), batches(TEST, 5), bad, executor="dask")
 
     @pytest.mark.usefixtures("current")

@@ -86,8 +86,8 @@ def cost_of_kronecker(
         scoring=scoring,
         apply=applied,
         reasons=(
-            f"{passes:g} passes over the data and {len(fit.eigh)} eigendecompositions of up to "
-            f"{widest} x {widest}; factors take {in_bytes(held)}",
+            f"{passes:g} pass{'es' * (passes != 1)} over the data and {len(fit.eigh)} eigendecompositions of "
+            f"up to {widest} x {widest}; factors take {in_bytes(held)}",
             *([] if covered == size else [f"{covered / size:.0%} of the parameters are in factors"]),
         ),
     )

@@ -148,11 +148,18 @@ def test_a_strength_for_each_layer_and_a_relative_one() -> None:
 def test_without_regularisation_it_is_a_pseudo_inverse(name: str, update_diagonal: bool) -> None:
     model, test, train = fitted(name, hessian_regularization=0.0, update_diagonal=update_diagonal)
     found = []
-    for call in (lambda: model.influences(*test, *train), lambda: model.self_influences(*train)):
+    calls = (
+        lambda: model.influences(*test, *train),
+        lambda: model.self_influences(*train),
+        lambda: torch.as_tensor(inf.attribute(model, [test], [train]).array),
+    )
+    for call in calls:
         with pytest.warns(inf.ConvergenceWarning, match="not measured.*left out directions of no curvature"):
             found.append(call())
         assert found[-1].isfinite().all()
         assert {reason for block in model.report.blocks for reason in block.reason} >= {inf.StopReason.SINGULAR}
+    assert len(model.report) == len(model.inverses) * len(test[1])
+    assert_close(found[2], found[0], 1e-12)
     instance, _ = dense.made(NETS[name])
     samples = dense.recorded(instance.model, instance.data, dense.exact_rows(instance.loss))
     spectra = dense.spectra(samples, refit=update_diagonal)
