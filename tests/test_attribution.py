@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -233,7 +234,7 @@ def test_blocks_in_any_order_give_the_same_extremes_and_the_earlier_of_equal_one
     [
         ({"output": "matrxi"}, "Did you mean 'matrix'"),
         ({"output": {"name": "top_k", "k": 0}}, "k must be a positive integer"),
-        ({"output": {"name": "top_k", "n": 3}}, "'top_k' does not take these options"),
+        ({"output": {"name": "top_k", "kk": 3}}, "'top_k' has no option 'kk'. Did you mean 'k'"),
         ({"output": {"name": "mean", "normalize": "x"}}, "got 'x'"),
         ({"output": {"name": "self_influence", "normalize": "l_relatif"}}, "leave normalize out"),
         ({"output": "self_influence"}, "pass test=None"),
@@ -250,6 +251,22 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> N
     settings: dict[str, Any] = {"test": batches(TEST, 4), "train": batches(TRAIN, 17)} | change
     with pytest.raises(inf.InvalidInputError, match=message):
         attribute(fitted_once("direct"), **settings)
+
+
+def test_loaders_in_the_place_of_the_model_are_refused() -> None:
+    unchecked = inspect.unwrap(attribute)  # the types that the tests check would be refused before
+    with pytest.raises(inf.InvalidInputError, match=r"got list: attribute\(model, test, train\)"):
+        unchecked(batches(TEST, 4), batches(TRAIN, 17), fitted_once("direct"))
+
+
+def test_a_result_is_printed_in_a_line() -> None:
+    model = fitted_once("direct")
+    assert repr(attribute(model, batches(TEST, 4), batches(TRAIN, 17))).endswith(
+        f"test points: {len(TEST[0])}, training points: {len(TRAIN[0])}>"
+    )
+    alone = repr(attribute(model, None, batches(TRAIN, 17), output="self_influence"))
+    assert "test points" not in alone
+    assert len(alone) < 100
 
 
 def test_before_fit_there_is_nothing_to_score() -> None:

@@ -312,7 +312,7 @@ BAD: dict[str, tuple[dict[str, str | None], str]] = {
     ),
     "an unknown option of an output": (
         {"output": 'output = {{name = "top_k", kk = 3}}'},
-        "line 7: output.kk: The output 'top_k' does not take these options",
+        "line 7: output.kk: The output 'top_k' has no option 'kk'",
     ),
     "an unknown executor": (
         {"output": 'executor = "sequental"'},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -278,13 +278,17 @@ def resolve_output(output: str | Mapping[str, Any] | Output) -> Output:
         raise InvalidInputError(
             f"Unknown output {name!r}; expected one of {', '.join(OUTPUTS)}.{did_you_mean(name, OUTPUTS)}"
         )
-    try:
-        return OUTPUTS[name](**options)
-    except TypeError as error:
-        raise InvalidInputError(f"The output {name!r} does not take these options: {error}.") from None
+    known = [option.name for option in fields(OUTPUTS[name])]
+    for option in options:
+        if option not in known:
+            raise InvalidInputError(
+                f"The output {name!r} has no option {option!r}.{did_you_mean(option, known)} Its options: "
+                f"{', '.join(known)}."
+            )
+    return OUTPUTS[name](**options)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scored:
     """Scores with the identifiers of their points.
 
@@ -299,6 +303,10 @@ class Scored:
     test_ids: Identifiers
     train_ids: Identifiers
     collected: Collector
+
+    def __repr__(self) -> str:
+        tests = f", test points: {len(self.test_ids)}" if self.output.pairs else ""
+        return f"<{type(self).__name__} {self.output}{tests}, training points: {len(self.train_ids)}>"
 
     @property
     def array(self) -> Any:

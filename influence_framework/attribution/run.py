@@ -89,6 +89,11 @@ def attribute(
         UnknownMethodError: No executor of that name; the message lists what exists.
         InvalidInputError: What does not fit, with the remedy; a store that holds scores of something else.
     """
+    if not isinstance(model, TorchInfluenceFunctionModel):
+        raise InvalidInputError(
+            f"The first argument is a fitted influence model, got {type(model).__name__}: "
+            "attribute(model, test, train)."
+        )
     fitted = model.fitted
     chosen = resolve_output(output)
     worker = resolve("executor", executor, registry)
