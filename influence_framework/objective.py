@@ -345,10 +345,16 @@ class SupervisedObjective:
         )
 
 
+def _remedy(batch: Any) -> str:
+    if isinstance(batch, Mapping):
+        return " Batches that are mappings take an objective in place of a loss, by name such as 'causal_lm'."
+    return in_one_batch(batch)
+
+
 def _pair(batch: Batch) -> tuple[Any, Any]:
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         got = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
-        raise InvalidInputError(f"Expected batches (x, y), got {got}.{in_one_batch(batch)}")
+        raise InvalidInputError(f"Expected batches (x, y), got {got}.{_remedy(batch)}")
     x, y = batch
     return x, y
 

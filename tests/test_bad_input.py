@@ -64,7 +64,10 @@ DATA: dict[str, tuple[Action, str]] = {
     ),
     "inputs alone": (fit(lambda: [points()[0]]), r"batches \(x, y\), got Tensor"),
     "triples": (fit(lambda: [(*points(), points()[1])]), r"batches \(x, y\), got 3 parts"),
-    "mappings": (fit(lambda: [{"x": points()[0], "y": points()[1]}]), r"batches \(x, y\), got dict"),
+    "mappings": (
+        fit(lambda: [{"x": points()[0], "y": points()[1]}]),
+        r"batches \(x, y\), got dict\..*'causal_lm'",
+    ),
     "lengths differ": (fit(changed(0, lambda x: x[1:])), r"same number of samples .* x: \(2, 3\), y: \(3,\)"),
     "no batch dimension": (
         fit(lambda: [(points()[0], torch.tensor(1))]),

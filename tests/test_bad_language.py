@@ -148,6 +148,8 @@ def test_points_are_looked_at_like_training_data() -> None:
             model.influences(wrong)
         with pytest.raises(inf.InvalidInputError, match=said):
             model.influences(batch(), x=wrong)
+    with pytest.raises(inf.InvalidInputError, match=r"got dict.*by name.*influences\(test, x=train\)"):
+        model.influences(batch(), batch())
     with pytest.raises(inf.InvalidInputError, match="floating-point"):
         model.influences(batch(), mode="perturbation")
     with pytest.raises(inf.InvalidInputError, match="x of the test data is missing"):

@@ -143,6 +143,11 @@ def fields(batch: Batch) -> Mapping[str, Any]:
 def labels_of(batch: Batch, objective: str) -> Tensor:
     """The labels; an error where there are none, or not of whole numbers."""
     labels = fields(batch).get("labels")
+    if isinstance(labels, Mapping):
+        raise InvalidInputError(
+            f"{objective} takes labels as a tensor, got {type(labels).__name__}. Where points are mappings, "
+            "those of the training side go by name, as one batch: influences(test, x=train)."
+        )
     if not isinstance(labels, Tensor):
         raise InvalidInputError(f"{objective} needs 'labels' in every batch, found {list(fields(batch))}.")
     if labels.is_floating_point() or labels.dtype == torch.bool:
