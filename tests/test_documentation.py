@@ -272,7 +272,7 @@ class TestApi:
 
 
 def test_the_first_page_shows_the_picture_of_the_readme() -> None:
-    (readme,) = re.findall(r"^!\[(.*)\]\(docs/(.*)\)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    readme, _ = re.findall(r"^!\[(.*)\]\(docs/(.*)\)$", (ROOT / "README.md").read_text(), re.MULTILINE)
     (index,) = re.findall(r"^!\[(.*)\]\((.*)\)$", (ROOT / "docs" / "index.md").read_text(), re.MULTILINE)
     assert readme == index
 

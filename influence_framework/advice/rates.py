@@ -18,6 +18,9 @@ from influence_framework.layers import Layer, LayerBatch
 from influence_framework.problem import Problem
 from influence_framework.protocols import Diagonal, HessianSource, LayerStatistics, LinearOperator, Minibatches
 
+DIAGONAL = 64
+"""Samples whose diagonal is timed: of fewer, what a batch costs by itself would be most of it."""
+
 SEVERAL = 12
 """Columns of the product that is timed beside that of one."""
 
@@ -160,7 +163,7 @@ class Rates:
 
     @cached_property
     def _diagonal(self) -> float:
-        few = self.few.first(8)
+        few = self.few.first(DIAGONAL)
         operator = self.source.operator(few, few.parameters)
         assert isinstance(operator, Diagonal)
         return self.problem.size / few.size * seconds(operator.diagonal, self._device)
