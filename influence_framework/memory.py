@@ -20,6 +20,9 @@ R = TypeVar("R")
 ALLOCATORS = ("not enough memory", "can't allocate memory", "cannot allocate memory", "status_alloc_failed")
 """How PyTorch's allocators on CPUs, and libraries on accelerators, put it, in a plain ``RuntimeError``."""
 
+GRAPH = 3
+"""What a gradient's graph, or another backward pass through it, takes in units of the forward pass."""
+
 SINGLE = "a single sample at a time too"
 """Noted on an error where fewer samples at a time cannot help."""
 

@@ -9,8 +9,8 @@ from typing import Self
 from influence_framework.advice.rates import Rates
 from influence_framework.costs import Cost, Work, Workload
 from influence_framework.data import nbytes
+from influence_framework.memory import GRAPH
 from influence_framework.problem import Problem
-from influence_framework.sources.linearization import GRAPH
 
 
 @dataclass(frozen=True)

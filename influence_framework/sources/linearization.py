@@ -13,6 +13,7 @@ from torch import Tensor
 
 from influence_framework.data import Batch
 from influence_framework.derivatives import PushForward, pull_back, rows_at_once
+from influence_framework.memory import GRAPH
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
 
@@ -21,9 +22,6 @@ Product: TypeAlias = Callable[[Sequence[Tensor]], list[Tensor | None]]
 
 Curve: TypeAlias = Callable[[Problem, Tensor, Sequence[Tensor], Batch], Product]
 """From a batch's outputs, part of a graph, to the curvature of its mean loss with respect to some leaves."""
-
-GRAPH = 3
-"""What a gradient's graph, or another backward pass through it, takes in units of the forward pass."""
 
 
 class Linearization(ABC):

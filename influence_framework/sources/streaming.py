@@ -15,13 +15,14 @@ from influence_framework.costs import Work, by_columns, layers_forming
 from influence_framework.data import Batch, split
 from influence_framework.errors import NonFiniteError
 from influence_framework.layers import Cover, Layer, LayerBatch, Rows, Samples, cover, layer_batches
+from influence_framework.memory import GRAPH
 from influence_framework.operators import Operator, dense_by_columns
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
 from influence_framework.protocols import LinearOperator
 from influence_framework.sources.chain import ChainLinearization, plain_layers
 from influence_framework.sources.layered import Curvature, layered_dense, once_on_vectors
-from influence_framework.sources.linearization import GRAPH, Curve, GraphLinearization, Linearization
+from influence_framework.sources.linearization import Curve, GraphLinearization, Linearization
 
 Draws = Callable[[Problem, Samples, torch.Generator], Rows]
 """From the number of samples and a generator to what draws cotangents of outputs."""
