@@ -61,6 +61,15 @@ def texts() -> tuple[Sequences, Sequences]:
     return Sequences(ids[:TRAIN]), Sequences(ids[TRAIN:])
 
 
+def blocks_only(net: GPT2LMHeadModel) -> GPT2LMHeadModel:
+    """The net with all frozen but the matrices and biases of its blocks."""
+    net.requires_grad_(False)
+    for module in net.modules():
+        if isinstance(module, Conv1D):
+            module.requires_grad_(True)
+    return net
+
+
 def trained(data: Sequences) -> GPT2LMHeadModel:
     """A few steps of Adam; then all is frozen but the matrices of the blocks."""
     torch.manual_seed(0)
@@ -80,11 +89,7 @@ def trained(data: Sequences) -> GPT2LMHeadModel:
         net(**batch, labels=batch["input_ids"]).loss.backward()
         optimizer.step()
     net.zero_grad()
-    net.requires_grad_(False)
-    for module in net.modules():
-        if isinstance(module, Conv1D):
-            module.requires_grad_(True)
-    return net
+    return blocks_only(net)
 
 
 def rewritten(net: GPT2LMHeadModel) -> nn.Module:
@@ -150,11 +155,8 @@ def measure_peak(side: str, file: str, threads: str, *sizes: str) -> float:
     torch.set_num_threads(int(threads))
     train, test = texts()
     weights, config = torch.load(file, weights_only=True)
-    net = GPT2LMHeadModel(GPT2Config(**config)).eval().requires_grad_(False)
+    net = blocks_only(GPT2LMHeadModel(GPT2Config(**config)).eval())
     net.load_state_dict(weights)
-    for module in net.modules():
-        if isinstance(module, Conv1D):
-            module.requires_grad_(True)
     few = Sequences(train.ids[:10]), Sequences(test.ids[:2])
     with tempfile.TemporaryDirectory() as folder:
         if side == "ours":

@@ -13,11 +13,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from influence_framework.errors import ConvergenceWarning
-from influence_framework.operators import Operator, check_columns
+from influence_framework.operators import DerivedOperator, check_columns
 from influence_framework.protocols import LinearOperator, Solution, StopReason
 
 
-class Inverse(Operator):
+class Inverse(DerivedOperator):
     """Base of ``≈ (C + λI)⁻¹``: a subclass writes ``_solve`` on columns, or ``_matmat`` as well.
 
     ``solve`` reports on every right-hand side and warns once, in one line, of those that failed.
@@ -31,18 +31,6 @@ class Inverse(Operator):
 
     base: LinearOperator
     regularization: float
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.base.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.base.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.base.device
 
     @property
     def quiet(self) -> frozenset[StopReason]:

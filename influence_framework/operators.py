@@ -163,8 +163,8 @@ class DenseOperator(Operator):
         return self.matrix.clone()
 
 
-class _Derived(Operator):
-    """An operator on the space of another one."""
+class DerivedOperator(Operator):
+    """Base of operators on the space of another one, their ``base``."""
 
     base: LinearOperator
 
@@ -182,7 +182,7 @@ class _Derived(Operator):
 
 
 @dataclass(frozen=True, eq=False)
-class ScaledOperator(_Derived):
+class ScaledOperator(DerivedOperator):
     """``factor · A``."""
 
     base: LinearOperator
@@ -193,7 +193,7 @@ class ScaledOperator(_Derived):
 
 
 @dataclass(frozen=True, eq=False)
-class ShiftedOperator(_Derived):
+class ShiftedOperator(DerivedOperator):
     """``A + amount·I``."""
 
     base: LinearOperator

@@ -34,6 +34,32 @@ def test_the_mean_eigenvalue_is_exact(source: str, name: str) -> None:
     assert_close(torch.tensor(mean_eigenvalue(operator), dtype=torch.float64), expected, 1e-10)
 
 
+class Scaled(nn.Module):
+    """Seventy outputs; the last parameter is in no layer, where asked for."""
+
+    def __init__(self, free: bool) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 70)
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 70), requires_grad=free)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.inner(x) * self.scale
+        return result
+
+
+@pytest.mark.parametrize("free", [False, True], ids=["layers", "a parameter in no layer"])
+@pytest.mark.parametrize(("source", "tolerance"), [("empirical_fisher", 1e-10), ("gauss_newton", 0.1)])
+def test_the_mean_eigenvalue_with_many_outputs(source: str, tolerance: float, free: bool) -> None:
+    """Exact for the empirical Fisher whatever the outputs; else from few draws, each of which counts once."""
+    torch.manual_seed(0)
+    net = Scaled(free).double().eval()
+    data = [(torch.randn(size, 3, dtype=torch.float64), torch.randint(70, (size,))) for size in (60, 40)]
+    problem = inf.Problem.build(net, nn.CrossEntropyLoss(), data)
+    operator = inf.hessian_sources[source].create().operator(problem, problem.parameters)
+    expected = (operator @ torch.eye(operator.shape[0], dtype=torch.float64)).diagonal().mean()
+    assert_close(torch.tensor(mean_eigenvalue(operator), dtype=torch.float64), expected, tolerance)
+
+
 def test_the_estimate_for_other_operators() -> None:
     torch.manual_seed(0)
     root = torch.randn(300, 40, dtype=torch.float64)

@@ -10,14 +10,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence_framework.errors import InvalidInputError
-from influence_framework.operators import Operator, to_dense
+from influence_framework.operators import DerivedOperator, to_dense
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
 from influence_framework.protocols import HessianSource, LinearOperator
 
 
 @dataclass(frozen=True, eq=False)
-class PenalizedOperator(Operator):
+class PenalizedOperator(DerivedOperator):
     """``C + diag(penalty) + G``, where ``G`` projects on shifts that are common to all classes.
 
     ``G = 1/K 1 1ᵀ ⊗ I`` on each of the ``free`` tensors ``(K, …)``, zero elsewhere. Offers ``Dense``.
@@ -33,18 +33,6 @@ class PenalizedOperator(Operator):
     parameters: ParameterSpace
     penalty: Float[Tensor, " P"]
     free: frozenset[str]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.base.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.base.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.base.device
 
     @property
     def positive_semidefinite(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -69,8 +69,9 @@ def _known(problem: Problem, layers: list[Layer]) -> tuple[list[Layer], list[Lay
     return [replace(layer, shared=ways[_key(layer)]) for layer in layers], []
 
 
-def _key(layer: Layer) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
-    return tuple(layer.modules), tuple(layer.parts.items())
+def _key(layer: Layer) -> tuple[Hashable, ...]:
+    """Its modules, in what form, and its parameters: a form that is registered later is confirmed anew."""
+    return *((name, type(form)) for name, form in layer.modules.items()), *layer.parts.items()
 
 
 def _confirmed(

@@ -129,12 +129,12 @@ class OuterProductOperator(StreamingOperator):
     def traces(self, operators: Mapping[str, LinearOperator]) -> dict[str, float]:
         """From inputs and output gradients of layers, in one pass for all operators that layers have whole.
 
-        Exact for up to 64 outputs, else from random targets. For other operators from the exact diagonal, or
-        from random vectors where the outputs are too many for it.
+        Exact for up to 64 outputs and for true labels, else from random targets. For other operators from the
+        exact diagonal, or from random vectors where ``J_n`` has too many rows for it.
         """
         mine = cast("Mapping[str, OuterProductOperator]", operators)
-        few = self.problem.outputs_of_a_sample() <= TRACE_OUTPUTS
         covers = {name: operator.cover() for name, operator in mine.items()}
+        few = self.sample_rows <= TRACE_OUTPUTS
         found = {
             name: float(mine[name].diagonal().sum(dtype=torch.float64)) if few else estimated_trace(mine[name])
             for name, cover in covers.items()
@@ -143,7 +143,10 @@ class OuterProductOperator(StreamingOperator):
         layers = {name: cover.layers for name, cover in covers.items() if not cover.uncovered}
         every = [layer for part in layers.values() for layer in part]
         if every:
-            samples: Samples = "exact" if few else min(TRACE_OUTPUTS, -(-TRACE_DRAWS // self.problem.size))
+            enumerable = self.problem.outputs_of_a_sample() <= TRACE_OUTPUTS
+            samples: Samples = (
+                "exact" if enumerable else min(TRACE_OUTPUTS, -(-TRACE_DRAWS // self.problem.size))
+            )
             generator = torch.Generator("cpu").manual_seed(0)
             (totals,) = self.layer_sums(every, samples, generator, Squares(every))
             squares = iter(totals.tolist())

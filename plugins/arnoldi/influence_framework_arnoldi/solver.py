@@ -21,7 +21,7 @@ from influence_framework.errors import (
     did_you_mean,
 )
 from influence_framework.lowrank import LowRankInverse
-from influence_framework.operators import Operator, to_dense
+from influence_framework.operators import DerivedOperator, to_dense
 from influence_framework.protocols import LinearOperator, SavedState
 from influence_framework_arnoldi.arpack import arpack
 from influence_framework_arnoldi.cost import cost_of_arnoldi, rank_for
@@ -231,7 +231,7 @@ class ArnoldiInverse(LowRankInverse):
 
 
 @dataclass(frozen=True, eq=False)
-class WatchedOperator(Operator):
+class WatchedOperator(DerivedOperator):
     """An operator whose products are counted and checked.
 
     Attributes:
@@ -241,18 +241,6 @@ class WatchedOperator(Operator):
 
     base: LinearOperator
     bar: tqdm[Any]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.base.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.base.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.base.device
 
     def _matmat(self, columns: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
         product = (self.base @ columns).detach()
