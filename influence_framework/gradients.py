@@ -46,6 +46,7 @@ def chunk_size(problem: Problem, parameters: ParameterSpace, size: int, *, copie
 
 def _per_sample(
     function: Callable[[dict[str, Tensor], Batch], Tensor],
+    size: int,
     problem: Problem,
     parameters: ParameterSpace,
     batch: Batch,
@@ -62,7 +63,6 @@ def _per_sample(
         if is_out_of_memory(error):
             raise
         # Control flow on values, or an operator that torch.func cannot batch: one sample at a time.
-        size = problem.objective.size(batch)
         one = alone or function
         return torch.stack([one(leaves, take(batch, slice(i, i + 1))) for i in range(size)])
 
@@ -87,9 +87,41 @@ def sample_gradients(problem: Problem, parameters: ParameterSpace, batch: Batch)
         found = gradients_of(loss, list(inputs.values()), keep_graph=False)
         return parameters.flatten(dict(zip(inputs, found, strict=True)))
 
-    gradients = _per_sample(gradient, problem, parameters, batch, by_autograd)
+    size = problem.objective.size(batch)
+    gradients = _per_sample(gradient, size, problem, parameters, batch, by_autograd)
     check_sample_gradients(gradients)
     return gradients
+
+
+def sample_pullbacks(
+    problem: Problem, parameters: ParameterSpace, batch: Batch, cotangents: Float[Tensor, "n ..."]
+) -> Float[Tensor, "n P"]:
+    """``J_nᵀ r_n`` of every sample, one row each, with ``J_n`` the Jacobian of its output.
+
+    Raises:
+        NonFiniteError: A row contains NaN or infinity; the message says which samples'.
+    """
+
+    def pulled(leaves: dict[str, Tensor], sample: Batch) -> Tensor:
+        points, cotangent = sample
+
+        def along(values: dict[str, Tensor]) -> Tensor:
+            total: Tensor = (problem.outputs(values, points) * cotangent).sum()
+            return total
+
+        return parameters.flatten(torch.func.grad(along)(leaves))
+
+    def by_autograd(leaves: dict[str, Tensor], sample: Batch) -> Tensor:
+        points, cotangent = sample
+        inputs = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
+        with torch.enable_grad():
+            outputs = problem.outputs(inputs, points)
+        found = gradients_of((outputs * cotangent).sum(), list(inputs.values()), keep_graph=False)
+        return parameters.flatten(dict(zip(inputs, found, strict=True)))
+
+    rows = _per_sample(pulled, len(cotangents), problem, parameters, (batch, cotangents), by_autograd)
+    check_sample_gradients(rows)
+    return rows
 
 
 def check_sample_gradients(gradients: Float[Tensor, "n _P"]) -> None:
@@ -147,9 +179,10 @@ def sample_jacobians(
         (second,) = pull_back(gradients_of(loss, [leaf]), [leaf], [rows])
         return torch.zeros_like(rows) if second is None else second
 
+    size = problem.objective.size(batch)
     return (
-        _per_sample(jacobian, problem, parameters, batch, jacobian_by_autograd),
-        _per_sample(curvature, problem, parameters, batch, curvature_by_autograd),
+        _per_sample(jacobian, size, problem, parameters, batch, jacobian_by_autograd),
+        _per_sample(curvature, size, problem, parameters, batch, curvature_by_autograd),
     )
 
 

@@ -23,7 +23,7 @@ class LowRankInverse(Inverse):
 
     ``τ`` stands for the eigenvalues outside the span of ``U``. With ``τ = 0`` this is ``(U Θ Uᵀ + λI)⁻¹``
     by the Woodbury identity. One application costs ``8·P·r`` flops a column, half of that where nothing
-    outside the span comes through; another λ costs nothing.
+    outside the span comes through or one projection does; another λ costs nothing.
 
     Attributes:
         base: ``C``.
@@ -34,6 +34,8 @@ class LowRankInverse(Inverse):
             and so is, with λ = 0, what rounding does not tell from zero within the span: what remains is
             the pseudo-inverse.
         errors: Bounds on the errors of the eigenvalues, ``(r,)`` float64, where they are known.
+        projections: How often a column is projected off the span, once or twice. The second time takes out what
+            rounding left the first time; a preconditioner does without, at half of the flops.
 
     Raises:
         SingularOperatorError: λ is so near to the magnitude of a negative eigenvalue, relative to it or to
@@ -46,6 +48,7 @@ class LowRankInverse(Inverse):
     vectors: Float[Tensor, "P r"]
     tail: float | None = 0.0
     errors: Float[Tensor, " r"] | None = None
+    projections: int = 2
 
     def __post_init__(self) -> None:
         if not torch.isfinite(self.values).all() or not torch.isfinite(self.vectors).all():
@@ -102,6 +105,8 @@ class LowRankInverse(Inverse):
         along = self.vectors.T @ columns
         if outside == 0:
             return self.vectors @ (inside[:, None] * along)
+        if self.projections == 1:
+            return torch.addmm(columns, self.vectors, (inside - outside)[:, None] * along, beta=outside)
         # One projection leaves the rounding of what it takes out, which 1/(τ + λ) would make the larger part.
         rest = columns - self.vectors @ along
         again = self.vectors.T @ rest
@@ -118,9 +123,11 @@ class LowRankInverse(Inverse):
     def state(self) -> SavedState:
         """The eigenpairs, and what stands for the rest."""
         errors = {} if self.errors is None else {"errors": self.errors}
-        return SavedState({"values": self.values, "vectors": self.vectors, **errors}, {"tail": self.tail})
+        kept = {"tail": self.tail, "projections": self.projections}
+        return SavedState({"values": self.values, "vectors": self.vectors, **errors}, kept)
 
     @classmethod
     def restored(cls, operator: LinearOperator, regularization: float, state: SavedState, **more: Any) -> Self:
         """The inverse that ``state`` was taken of; ``more`` are the fields that a subclass adds."""
-        return cls(operator, regularization, **state.tensors, tail=state.values["tail"], **more)
+        tail, projections = state.values["tail"], state.values["projections"]
+        return cls(operator, regularization, tail=tail, projections=projections, **state.tensors, **more)

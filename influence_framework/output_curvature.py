@@ -22,6 +22,8 @@ EXACT_ROWS = 1024
 """Rows of an exact square root up to which one backward pass for each is worth its time."""
 DENSE_OUTPUTS = 256
 """Outputs of a sample up to which a Hessian without a known structure is formed and factored."""
+EIGEN_OUTPUTS = 64
+"""Outputs of a sample up to which the eigenpairs of its Hessian are worked out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +91,18 @@ class OutputCurvature(ABC):
         if samples < 1:
             raise InvalidInputError(f"The number of samples must be at least 1, got {samples}.")
         return (self._random(samples, generator) / math.sqrt(samples)).to(self.dtype)
+
+    def leading(self, generator: torch.Generator) -> Float[Tensor, "s n ..."]:
+        """Orthogonal rows ``√w q`` of the eigenpairs of ``H_n``, the largest first: ``Σ_s r_s r_sᵀ = H_n``.
+
+        Of more than ``EIGEN_OUTPUTS`` outputs a sample, one random row of :meth:`draw` instead.
+        """
+        if self.outputs[0].numel() > EIGEN_OUTPUTS:
+            return self.draw(1, generator)
+        rows = self._root(_unit_vectors(self.outputs)).flatten(2).transpose(0, 1)
+        _, coefficients = torch.linalg.eigh(rows @ rows.mT)
+        found: Tensor = (coefficients.flip(-1).mT @ rows).transpose(0, 1)
+        return found.reshape(-1, *self.outputs.shape).to(self.dtype)
 
     @property
     def convex(self) -> bool:

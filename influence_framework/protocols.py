@@ -126,6 +126,24 @@ class LayerStatistics(Protocol):
 
 
 @runtime_checkable
+class LeadingRows(Protocol):
+    """Capability: what a few samples contribute most to the curvature, at the cost of their gradients.
+
+    Rows of an ``A`` with ``AᵀA = C``, but for terms of ``C`` that may be negative: the second derivatives of
+    the model, which the Hessian has beside its Gauss-Newton part.
+    """
+
+    def leading_rows(self, count: int) -> Float[Tensor, "m P"]:
+        """The ``m ≤ count`` rows that are largest in the outputs: with ``w``, largest first.
+
+        Rows are ``√w qᵀ J_n / √N``, with an eigenpair ``(w, q)`` of the Hessian of sample ``n``'s loss in the
+        outputs. Of many outputs it is one row for a random target of each sample, and for the empirical Fisher
+        the loss gradient of each sample; both are ordered by the norm in the outputs too.
+        """
+        ...
+
+
+@runtime_checkable
 class LayerScoring(Protocol):
     """Capability of an inverse: scores from layer inputs and output gradients, without per-sample gradients."""
 

@@ -101,16 +101,19 @@ def true_gradients(problem: Problem) -> Rows:
     return rows
 
 
-def fisher_rows(problem: Problem, samples: Samples, generator: torch.Generator) -> Rows:
+def fisher_rows(problem: Problem, samples: Samples | Literal["leading"], generator: torch.Generator) -> Rows:
     """Pseudo-gradients of the outputs, whose second moment is the Hessian of the loss in the outputs.
 
     With them the second moment of parameter gradients is the Gauss-Newton matrix, which is the Fisher
     information where the loss is a negative log-likelihood: exactly, or in expectation over ``samples``
-    draws from the model's predictive distribution.
+    draws from the model's predictive distribution. The ``"leading"`` ones are exact too,
+    and the first of them hold the most of it; see :meth:`OutputCurvature.leading`.
     """
 
     def rows(outputs: Tensor, batch: Batch) -> Tensor:
         curvature = OutputCurvature.of(problem.objective, outputs, batch)
+        if samples == "leading":
+            return curvature.leading(generator)
         return curvature.exact() if samples == "exact" else curvature.draw(samples, generator)
 
     return rows

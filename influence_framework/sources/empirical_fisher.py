@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -37,7 +37,7 @@ def fisher_at_layers(problem: Problem, tape: Tape, batch: Batch) -> LayerCurvatu
     return sandwich_at_layers(tape, [gradient[:, None, :] for gradient in gradients], one)
 
 
-def _labelled(problem: Problem, samples: Samples, generator: torch.Generator) -> Rows:
+def _labelled(problem: Problem, samples: Samples | Literal["leading"], generator: torch.Generator) -> Rows:
     """The gradients of the true labels: nothing is drawn."""
     return true_gradients(problem)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -22,9 +22,10 @@ from influence_framework.problem import Problem
 from influence_framework.protocols import LinearOperator
 from influence_framework.sources.chain import ChainLinearization, plain_layers
 from influence_framework.sources.layered import Curvature, layered_dense, once_on_vectors
+from influence_framework.sources.leading import leading_rows
 from influence_framework.sources.linearization import Curve, GraphLinearization, Linearization
 
-Draws = Callable[[Problem, Samples, torch.Generator], Rows]
+Draws = Callable[[Problem, Samples | Literal["leading"], torch.Generator], Rows]
 """From the number of samples and a generator to what draws cotangents of outputs."""
 
 
@@ -51,8 +52,8 @@ class StreamingOperator(Operator):
     """``C = Σ_b (n_b / N) C_b`` over the batches of a problem, at the model's current parameters.
 
     One product costs one pass over the data whatever the number of columns: each batch is linearised
-    once, and all columns go through its graphs. Offers ``Minibatches``, ``Dense`` and
-    ``LayerStatistics``.
+    once, and all columns go through its graphs. Offers ``Minibatches``, ``Dense``, ``LayerStatistics`` and
+    ``LeadingRows``.
 
     Attributes:
         problem: Model, objective and data.
@@ -212,6 +213,11 @@ class StreamingOperator(Operator):
             return collect(layer_batches(problem, layers, rows, samples, generator))
 
         return self.problem.total(work, "statistics of layers")
+
+    def leading_rows(self, count: int) -> Float[Tensor, "m P"]:
+        """Of the Gauss-Newton part of the Hessian; see :class:`LeadingRows`."""
+        rows = self.rows(self.problem, "leading", torch.Generator("cpu").manual_seed(0))
+        return leading_rows(self.problem, self.parameters, rows, count)
 
     def minibatches(self, generator: torch.Generator) -> Iterator[LinearOperator]:
         """Operators of random mini-batches, without end."""

@@ -103,3 +103,18 @@ class Sketch:
         rounding = ROUNDING * precision * max(norm, values[0].item())
         values = values[values > rounding]
         return Approximation(values, basis @ left[:, : len(values)].to(basis.dtype), rounding)
+
+
+def leading_approximation(rows: Float[Tensor, "m P"], rank: int) -> Approximation:
+    """``⟦AᵀA⟧`` of at most this rank for ``A`` with few rows, from the eigenvectors of ``AAᵀ``.
+
+    Exact: the Nyström approximation with test vectors that span the rows. ``AAᵀ`` is worked out and factored in
+    float64, since its eigenvalues are the squares of singular values.
+    """
+    gram = inner(rows.T, rows.T)
+    values, coefficients = torch.linalg.eigh((gram + gram.T) / 2)
+    values, coefficients = values.flip(0)[:rank], coefficients.flip(1)[:, :rank]
+    rounding = ROUNDING * torch.finfo(rows.dtype).eps * max(values[0].item(), 0.0)
+    values = values[values > rounding]
+    coefficients = coefficients[:, : len(values)] / values.sqrt()
+    return Approximation(values, rows.T @ coefficients.to(rows.dtype), rounding)

@@ -1,0 +1,109 @@
+"""The part of a curvature that its most curved samples make up, as the rows of a square root."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from math import sqrt
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from influence_framework.data import Batch, take
+from influence_framework.errors import InvalidInputError
+from influence_framework.gradients import chunk_size, sample_pullbacks
+from influence_framework.layers import Rows
+from influence_framework.memory import in_pieces
+from influence_framework.parameters import ParameterSpace
+from influence_framework.problem import Problem
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """Rows of samples of one batch: each row's sample, its cotangent of the outputs, and the norm of that."""
+
+    samples: Batch
+    cotangents: Float[Tensor, "n ..."]
+    norms: Float[Tensor, " n"]
+
+    @classmethod
+    def of(cls, problem: Problem, rows: Rows, batch: Batch, count: int) -> _Candidates:
+        """The ``count`` largest of a batch, without those of no length."""
+        with torch.no_grad():
+            outputs = problem.outputs({}, batch)
+        cotangents = rows(outputs, batch)
+        size = cotangents.shape[1]
+        cotangents = cotangents.flatten(0, 1)
+        norms = torch.linalg.vector_norm(cotangents.flatten(1), dim=1)
+        norms, index = norms.topk(min(count, int((norms > 0).sum())))
+        return cls(take(batch, index % size), cotangents[index], norms)
+
+    def at(self, index: Int[Tensor, " m"]) -> _Candidates:
+        return _Candidates(take(self.samples, index), self.cotangents[index], self.norms[index])
+
+
+def leading_rows(problem: Problem, parameters: ParameterSpace, rows: Rows, count: int) -> Float[Tensor, "m P"]:
+    """``J_nᵀ r / √N`` of the ``m ≤ count`` cotangents ``r`` of samples that are the largest, largest first.
+
+    Takes a forward pass over the data, and ``m`` samples' worth of a backward pass.
+
+    Args:
+        problem: Model, objective and data.
+        parameters: What is differentiated with respect to.
+        rows: From outputs to cotangents of each sample.
+        count: How many rows.
+
+    Raises:
+        InvalidInputError: ``count`` is not positive, or the data is divided between processes.
+    """
+    if count < 1:
+        raise InvalidInputError(f"The number of leading rows must be positive, got {count}.")
+    if problem.processes is not None:
+        raise InvalidInputError(
+            "Leading rows are chosen among all samples, and these are divided between processes: fit in one "
+            "process, or leave the option leading_rows out."
+        )
+    work = partial(_chosen, problem, rows, count)
+    chosen: list[_Candidates] = problem.room.retried(work)
+    width = sum(len(part.norms) for part in chosen)
+    result = torch.empty(width, parameters.numel, dtype=parameters.dtype, device=parameters.device)
+    filled = 0
+    for part in chosen:
+        at_most = chunk_size(problem, parameters, len(part.norms))
+        pull = partial(_pulled, problem, parameters)
+        for _, found in in_pieces(problem.room, (part.samples, part.cotangents), _size, at_most, pull):
+            result[filled : filled + len(found)] = found
+            filled += len(found)
+    order = torch.cat([part.norms for part in chosen]).argsort(descending=True)
+    return result[order] / sqrt(problem.size)
+
+
+def _pulled(problem: Problem, parameters: ParameterSpace, piece: tuple[Batch, Tensor]) -> Tensor:
+    return sample_pullbacks(problem, parameters, *piece)
+
+
+def _size(piece: tuple[Batch, Tensor]) -> int:
+    return len(piece[1])
+
+
+def _chosen(problem: Problem, rows: Rows, count: int) -> list[_Candidates]:
+    """The candidates with the largest norms: batch by batch, so that few are held that are not chosen."""
+    kept: list[_Candidates] = []
+    for batch, _ in problem.batches():
+        kept = _largest([*kept, _Candidates.of(problem, rows, batch, count)], count)
+    return kept
+
+
+def _largest(candidates: list[_Candidates], count: int) -> list[_Candidates]:
+    norms = torch.cat([part.norms for part in candidates])
+    if len(norms) <= count:
+        return candidates
+    chosen = torch.zeros_like(norms, dtype=torch.bool)
+    chosen[norms.topk(count).indices] = True
+    parts = chosen.split([len(part.norms) for part in candidates])
+    return [
+        part if keep.all() else part.at(keep.nonzero().flatten())
+        for part, keep in zip(candidates, parts, strict=True)
+        if keep.any()
+    ]
