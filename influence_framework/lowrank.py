@@ -23,7 +23,7 @@ class LowRankInverse(Inverse):
 
     ``τ`` stands for the eigenvalues outside the span of ``U``. With ``τ = 0`` this is ``(U Θ Uᵀ + λI)⁻¹``
     by the Woodbury identity. One application costs ``8·P·r`` flops a column, half of that where nothing
-    outside the span comes through or one projection does; another λ costs nothing.
+    outside the span comes through or where it is rough; another λ costs nothing.
 
     Attributes:
         base: ``C``.
@@ -34,8 +34,8 @@ class LowRankInverse(Inverse):
             and so is, with λ = 0, what rounding does not tell from zero within the span: what remains is
             the pseudo-inverse.
         errors: Bounds on the errors of the eigenvalues, ``(r,)`` float64, where they are known.
-        projections: How often a column is projected off the span, once or twice. The second time takes out what
-            rounding left the first time; a preconditioner does without, at half of the flops.
+        rough: Whether rounding may show, as in a preconditioner. A column is then projected off the span once,
+            where λ is not far below the eigenvalues, and not once more: half of the flops.
 
     Raises:
         SingularOperatorError: λ is so near to the magnitude of a negative eigenvalue, relative to it or to
@@ -48,7 +48,7 @@ class LowRankInverse(Inverse):
     vectors: Float[Tensor, "P r"]
     tail: float | None = 0.0
     errors: Float[Tensor, " r"] | None = None
-    projections: int = 2
+    rough: bool = False
 
     def __post_init__(self) -> None:
         if not torch.isfinite(self.values).all() or not torch.isfinite(self.vectors).all():
@@ -93,6 +93,12 @@ class LowRankInverse(Inverse):
         left_out = not self.tail and len(self.values) < len(self.vectors)
         return self.regularization == 0 and (left_out or bool(self._null().any()))
 
+    def _near_enough(self) -> bool:
+        """Whether rounding of the large eigenvalues is well below what λ needs."""
+        largest = self.values.abs().max().item() if len(self.values) else 0.0
+        precision: float = torch.finfo(self.dtype).eps
+        return bool(10 * precision**0.5 * (largest + self.regularization) <= self.regularization)
+
     def _filters(self) -> tuple[Float[Tensor, " r"], float]:
         """What is applied on the span, and what outside of it."""
         shifted = torch.where(self._null(), 0.0, self.values) + self.regularization
@@ -105,7 +111,7 @@ class LowRankInverse(Inverse):
         along = self.vectors.T @ columns
         if outside == 0:
             return self.vectors @ (inside[:, None] * along)
-        if self.projections == 1:
+        if self.rough and self._near_enough():
             return torch.addmm(columns, self.vectors, (inside - outside)[:, None] * along, beta=outside)
         # One projection leaves the rounding of what it takes out, which 1/(τ + λ) would make the larger part.
         rest = columns - self.vectors @ along
@@ -123,11 +129,11 @@ class LowRankInverse(Inverse):
     def state(self) -> SavedState:
         """The eigenpairs, and what stands for the rest."""
         errors = {} if self.errors is None else {"errors": self.errors}
-        kept = {"tail": self.tail, "projections": self.projections}
+        kept = {"tail": self.tail, "rough": self.rough}
         return SavedState({"values": self.values, "vectors": self.vectors, **errors}, kept)
 
     @classmethod
     def restored(cls, operator: LinearOperator, regularization: float, state: SavedState, **more: Any) -> Self:
         """The inverse that ``state`` was taken of; ``more`` are the fields that a subclass adds."""
-        tail, projections = state.values["tail"], state.values["projections"]
-        return cls(operator, regularization, tail=tail, projections=projections, **state.tensors, **more)
+        tail, rough = state.values["tail"], state.values["rough"]
+        return cls(operator, regularization, tail=tail, rough=rough, **state.tensors, **more)

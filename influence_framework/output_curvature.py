@@ -99,7 +99,8 @@ class OutputCurvature(ABC):
         """
         if self.outputs[0].numel() > EIGEN_OUTPUTS:
             return self.draw(1, generator)
-        rows = self._root(_unit_vectors(self.outputs)).flatten(2).transpose(0, 1)
+        rows = self._root(_unit_vectors(self.outputs))
+        rows = rows.reshape(*rows.shape[:2], -1).transpose(0, 1)
         _, coefficients = torch.linalg.eigh(rows @ rows.mT)
         found: Tensor = (coefficients.flip(-1).mT @ rows).transpose(0, 1)
         return found.reshape(-1, *self.outputs.shape).to(self.dtype)

@@ -35,9 +35,12 @@ class _Candidates:
         cotangents = rows(outputs, batch)
         size = cotangents.shape[1]
         cotangents = cotangents.flatten(0, 1)
-        norms = torch.linalg.vector_norm(cotangents.flatten(1), dim=1)
+        norms = torch.linalg.vector_norm(cotangents.reshape(len(cotangents), -1), dim=1)
         norms, index = norms.topk(min(count, int((norms > 0).sum())))
         return cls(take(batch, index % size), cotangents[index], norms)
+
+    def __len__(self) -> int:
+        return len(self.norms)
 
     def at(self, index: Int[Tensor, " m"]) -> _Candidates:
         return _Candidates(take(self.samples, index), self.cotangents[index], self.norms[index])
@@ -64,19 +67,19 @@ def leading_rows(problem: Problem, parameters: ParameterSpace, rows: Rows, count
             "Leading rows are chosen among all samples, and these are divided between processes: fit in one "
             "process, or leave the option leading_rows out."
         )
-    work = partial(_chosen, problem, rows, count)
-    chosen: list[_Candidates] = problem.room.retried(work)
-    width = sum(len(part.norms) for part in chosen)
-    result = torch.empty(width, parameters.numel, dtype=parameters.dtype, device=parameters.device)
-    filled = 0
-    for part in chosen:
-        at_most = chunk_size(problem, parameters, len(part.norms))
+    chosen: list[_Candidates] = problem.room.retried(partial(_chosen, problem, rows, count))
+    norms = torch.cat([part.norms for part in chosen])
+    places = norms.argsort(descending=True).argsort()
+    result = torch.empty(len(norms), parameters.numel, dtype=parameters.dtype, device=parameters.device)
+    begun = 0
+    for part in filter(len, chosen):
+        scaled = part.cotangents / sqrt(problem.size)
         pull = partial(_pulled, problem, parameters)
-        for _, found in in_pieces(problem.room, (part.samples, part.cotangents), _size, at_most, pull):
-            result[filled : filled + len(found)] = found
-            filled += len(found)
-    order = torch.cat([part.norms for part in chosen]).argsort(descending=True)
-    return result[order] / sqrt(problem.size)
+        at_most = chunk_size(problem, parameters, len(part))
+        for _, found in in_pieces(problem.room, (part.samples, scaled), _size, at_most, pull):
+            result[places[begun : begun + len(found)]] = found
+            begun += len(found)
+    return result
 
 
 def _pulled(problem: Problem, parameters: ParameterSpace, piece: tuple[Batch, Tensor]) -> Tensor:
@@ -101,7 +104,7 @@ def _largest(candidates: list[_Candidates], count: int) -> list[_Candidates]:
         return candidates
     chosen = torch.zeros_like(norms, dtype=torch.bool)
     chosen[norms.topk(count).indices] = True
-    parts = chosen.split([len(part.norms) for part in candidates])
+    parts = chosen.split([len(part) for part in candidates])
     return [
         part if keep.all() else part.at(keep.nonzero().flatten())
         for part, keep in zip(candidates, parts, strict=True)

@@ -13,6 +13,9 @@ from torch import Tensor
 from influence_framework.protocols import LinearOperator
 from influence_framework_nystroem.spectrum import Apply, inner, normal_columns
 
+STRIP = 128
+"""Rows of a symmetric product that are worked out together, from the diagonal on."""
+
 ROUNDING = 10.0
 """What may be zero but for rounding, in units of the dtype's precision times the norm."""
 
@@ -105,14 +108,24 @@ class Sketch:
         return Approximation(values, basis @ left[:, : len(values)].to(basis.dtype), rounding)
 
 
+def _gram(rows: Float[Tensor, "m P"]) -> Float[Tensor, "m m"]:
+    """The upper triangle of ``A Aᵀ``, float64; a few entries below it come along."""
+    gram = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
+    for start in range(0, len(rows), STRIP):
+        strip = slice(start, start + STRIP)
+        gram[strip, start:] = inner(rows[strip].T, rows[start:].T)
+    return gram
+
+
 def leading_approximation(rows: Float[Tensor, "m P"], rank: int) -> Approximation:
     """``⟦AᵀA⟧`` of at most this rank for ``A`` with few rows, from the eigenvectors of ``AAᵀ``.
 
     Exact: the Nyström approximation with test vectors that span the rows. ``AAᵀ`` is worked out and factored in
     float64, since its eigenvalues are the squares of singular values.
     """
-    gram = inner(rows.T, rows.T)
-    values, coefficients = torch.linalg.eigh((gram + gram.T) / 2)
+    if not len(rows):
+        return Approximation(rows.new_empty(0).double(), rows.T, 0.0)
+    values, coefficients = torch.linalg.eigh(_gram(rows), UPLO="U")
     values, coefficients = values.flip(0)[:rank], coefficients.flip(1)[:, :rank]
     rounding = ROUNDING * torch.finfo(rows.dtype).eps * max(values[0].item(), 0.0)
     values = values[values > rounding]

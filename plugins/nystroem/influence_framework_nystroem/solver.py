@@ -340,7 +340,7 @@ class NystroemInverse(LowRankInverse):
         """
         if self.solver.leading_rows is not None and self.regularization > 0:
             # What these rows leave out, not the smallest eigenvalue that they have, tells of the rest.
-            return LowRankInverse(self.base, self.regularization, self.values, self.vectors, projections=1)
+            return LowRankInverse(self.base, self.regularization, self.values, self.vectors, rough=True)
         return _deflated(self.base, self.regularization, self)
 
     def with_regularization(self, regularization: float) -> NystroemInverse:
@@ -355,7 +355,7 @@ def _deflated(
 ) -> LowRankInverse:
     # Where C has no positive eigenvalue, the identity is as good as any multiple of it.
     tail = pairs.values[-1].item() if len(pairs.values) else 1.0
-    return LowRankInverse(operator, regularization, pairs.values, pairs.vectors, tail, projections=1)
+    return LowRankInverse(operator, regularization, pairs.values, pairs.vectors, tail, rough=True)
 
 
 def _is_count(value: Any, least: int) -> bool:
