@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import accumulate
+from math import ceil
 from typing import Any
 
 import dask.array as da
@@ -12,7 +13,7 @@ import torch
 from dask.base import tokenize
 from distributed import Client
 
-from influence_framework.attribution.queries import solves_alone
+from influence_framework.attribution.queries import points_at_once, solves_alone
 from influence_framework.errors import InvalidInputError
 from influence_framework.influence import TorchInfluenceFunctionModel
 from influence_framework.protocols import InfluenceMode
@@ -21,13 +22,17 @@ from influence_framework_dask.progress import computed
 from influence_framework_dask.shipping import Reference
 from influence_framework_dask.tasks import Settings, score, score_factors, solve, solve_factors
 
+TASKS_EACH = 4
+"""Tasks that there are for each worker at least, where the chunks allow it, so that they end at the same time."""
+
 
 class DaskInfluenceCalculator:
     """Factors and scores of Dask arrays: built at once, computed when asked for, chunk by chunk.
 
     A chunk of test points is solved for once; a chunk of the result is the scores of a chunk of test points
-    with a chunk of training points. Arrays are chunked over samples alone. Scores are those of the model's own
-    methods up to rounding; where test points are solved for iteratively, chunk by chunk, up to the solver's
+    with a chunk of training points. Arrays are chunked over samples alone. In mode Up as many chunks of test
+    points as half of the model's ``memory_budget`` holds are scored with a chunk of training points in one
+    task, whose gradients are formed once then. Scores are those of the model's own methods up to rounding; where test points are solved for iteratively, chunk by chunk, up to the solver's
     tolerance.
 
     Args:
@@ -120,7 +125,7 @@ class DaskInfluenceCalculator:
             factors = self._solved(solve_factors, x_test, y_test, "influence-factors", 0)
             return self._pairs(score_factors, factors, sizes, x, y, mode)
         held = self._solved(solve, x_test, y_test, "influence-solve")
-        return self._pairs(score, held, sizes, x, y, mode)
+        return self._pairs(score, held, sizes, x, y, mode, points_at_once(self.influence_function_model.fitted))
 
     def influences_from_factors(
         self,
@@ -147,7 +152,9 @@ class DaskInfluenceCalculator:
         check_factor_chunks(z_test_factors, self._width, self.dtype)
         check_points(x, y, self.dtype, "x", "y")
         factors = Layers(z_test_factors.name, z_test_factors.dask)
-        return self._pairs(score_factors, factors, z_test_factors.chunks[0], x, y, mode)
+        budget = self.influence_function_model.fitted.problem.memory_budget
+        room = budget // (2 * self._width * self.dtype.itemsize) if mode is InfluenceMode.Up else 1
+        return self._pairs(score_factors, factors, z_test_factors.chunks[0], x, y, mode, room)
 
     def arrays(self, loader: Any) -> tuple[da.Array, da.Array]:
         """Inputs and targets of a ``DataLoader``, one chunk a batch, read by the workers where they are needed.
@@ -179,27 +186,50 @@ class DaskInfluenceCalculator:
         x: da.Array,
         y: da.Array,
         mode: InfluenceMode,
+        room: int = 1,
     ) -> da.Array:
-        """``work`` on every chunk of test points with every chunk of training points."""
+        """``work`` on chunks of test points, together where ``room`` points hold them, with every chunk of ``x``.
+
+        What goes together is scored as one, and then cut again.
+        """
         points = chunks_of(x, y)
         features = x.shape[1:] if mode is InfluenceMode.Perturbation else ()
         zeros = (0,) * len(features)
         factors = work is score_factors
-        name = f"influence-scores-{tokenize(self._settings, test.name, points.name, mode)}"
+        groups = self._groups(sizes, x, room)
+        counts = tuple(sum(sizes[i] for i in group) for group in groups)
+        name = f"influence-scores-{tokenize(self._settings, test.name, points.name, mode, counts)}"
         layer = {
-            (name, i, j, *zeros): (
+            (name, g, j, *zeros): (
                 work,
                 self._settings,
-                (test.name, i, 0) if factors else (test.name, i),
+                [(test.name, i, 0) if factors else (test.name, i) for i in group],
                 (points.name, j),
                 start,
-                mode if factors else count,
+                mode if factors else counts[g],
             )
             for j, start in enumerate(_starts(x))
-            for i, count in enumerate(sizes)
+            for g, group in enumerate(groups)
         }
-        chunks = (sizes, x.chunks[0], *((size,) for size in features))
-        return da.Array(Layers.on(name, layer, test, points).graph, name, chunks, dtype=self.dtype)
+        chunks = (counts, x.chunks[0], *((size,) for size in features))
+        scores = da.Array(Layers.on(name, layer, test, points).graph, name, chunks, dtype=self.dtype)
+        return scores if counts == sizes else scores.rechunk({0: sizes}, method="tasks")
+
+    def _groups(self, sizes: tuple[int, ...], x: da.Array, room: int) -> list[list[int]]:
+        """Consecutive chunks of at most ``room`` test points together, or one alone; enough for all workers."""
+        budget = self.influence_function_model.fitted.problem.memory_budget
+        room = min(room, budget // (4 * self.dtype.itemsize * max(x.chunks[0])))
+        threads = 1 if self.client is None else sum(self.client.nthreads().values())
+        room = min(room, ceil(sum(sizes) / ceil(TASKS_EACH * threads / x.numblocks[0])))
+        groups: list[list[int]] = []
+        held = 0
+        for i, size in enumerate(sizes):
+            if not groups or held + size > room:
+                groups.append([])
+                held = 0
+            groups[-1].append(i)
+            held += size
+        return groups
 
 
 def _starts(array: da.Array) -> list[int]:

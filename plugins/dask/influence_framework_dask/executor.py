@@ -13,6 +13,7 @@ from distributed import Client, Future, as_completed
 from influence_framework.attribution import SequentialExecutor
 from influence_framework.errors import InvalidInputError
 from influence_framework.protocols import Result, Unit
+from influence_framework_dask.allocation import memory_kept
 from influence_framework_dask.shipping import WORK, dumps, loads, recall, resolve, ship
 
 AHEAD = 2
@@ -117,6 +118,6 @@ class _Whole:
 
 
 def _work(token: str, unit: bytes) -> bytes:
-    with WORK:
+    with WORK, memory_kept():
         content, _ = dumps(resolve(token).job(loads(unit)))
     return content

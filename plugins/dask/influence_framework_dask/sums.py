@@ -32,6 +32,7 @@ from influence_framework.protocols import (
     Trace,
 )
 from influence_framework.specs import resolve
+from influence_framework_dask.allocation import memory_kept
 from influence_framework_dask.arrays import check_points, chunks_of, from_loader
 from influence_framework_dask.executor import client_at
 from influence_framework_dask.shipping import WORK, dumps, loads, ship
@@ -195,7 +196,7 @@ def _as_it_is(thing: Any) -> Any:
 
 
 def _partial(token: str, index: int, points: Batch, work: bytes) -> Sequence[Tensor]:
-    with WORK, random_state_kept():
+    with WORK, memory_kept(), random_state_kept():
         operator, size = held_as(token).part(index, points)
         return list(loads(work)(operator, size, index))
 

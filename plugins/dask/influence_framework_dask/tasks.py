@@ -21,6 +21,7 @@ from influence_framework.fitted import Fitted
 from influence_framework.points import check_factors, checked_points
 from influence_framework.protocols import InfluenceMode
 from influence_framework.solving import SolveLog, act_on_failures
+from influence_framework_dask.allocation import memory_kept
 from influence_framework_dask.shipping import WORK, Reference
 
 Chunk = np.ndarray[Any, np.dtype[Any]]
@@ -44,7 +45,7 @@ class Settings:
 @contextmanager
 def working(settings: Settings) -> Iterator[Fitted]:
     """The model, for this thread alone; warnings go to the client too."""
-    with WORK, warnings.catch_warnings(record=True) as caught, random_state_kept():
+    with WORK, memory_kept(), warnings.catch_warnings(record=True) as caught, random_state_kept():
         warnings.simplefilter("always")
         yield settings.model.resolve()
     for warning in caught:
@@ -103,19 +104,21 @@ def solve_factors(settings: Settings, points: tuple[Chunk, Chunk], start: int) -
         return factors.cpu().numpy()
 
 
-def score(settings: Settings, held: Prepared, points: tuple[Chunk, Chunk], start: int, count: int) -> Chunk:
+def score(
+    settings: Settings, held: list[Prepared], points: tuple[Chunk, Chunk], start: int, count: int
+) -> Chunk:
     """Scores of points, of which the first is number ``start``, with ``count`` test points."""
     with working(settings) as fitted:
         block = _block(settings, points, start)
-        return Preparation(fitted).job([held], count)(block).values.cpu().numpy()
+        return Preparation(fitted).job(held, count)(block).values.cpu().numpy()
 
 
 def score_factors(
-    settings: Settings, factors: Chunk, points: tuple[Chunk, Chunk], start: int, mode: InfluenceMode
+    settings: Settings, factors: list[Chunk], points: tuple[Chunk, Chunk], start: int, mode: InfluenceMode
 ) -> Chunk:
     """Scores of points, of which the first is number ``start``, with factors: ``(m, n)`` or ``(m, n, …)``."""
     with working(settings) as fitted:
-        rows = as_tensor(factors).to(settings.device)
+        rows = as_tensor(np.concatenate(factors)).to(settings.device)
         check_factors(fitted, rows, fitted.problem.parameters.numel, "z_test_factors")
         ((x, y),) = _block(settings, points, start).batches
         batch = checked_points(fitted, x, y, f"points from {start} on")
