@@ -131,7 +131,8 @@ class Job:
         self.train, self.test = synthesised(data, train, 1), synthesised(data, test, 2)
         fit = loader((data.x, data.y), 500)
         self.mine = inf.compose(self.net, LOSS, hessian_regularization=STRENGTH, **ours).fit(fit)
-        self.peer = SequentialInfluenceCalculator(theirs(self.net).fit(fit))
+        self.fitted_peer = theirs(self.net).fit(fit)
+        self.peer = SequentialInfluenceCalculator(self.fitted_peer)
 
     def ours(self) -> Tensor:
         scored = inf.attribute(self.mine, loader(self.test, 500), loader(self.train, 1_000))
@@ -162,29 +163,39 @@ class Job:
         )
 
 
-def against_pydvl(runs: int) -> Iterator[str]:
-    """``SequentialInfluenceCalculator`` on jobs that it can do, at its best batch size."""
-    yield ""
-    yield "Scores alone, of models fitted to 1,500 digits, from loader to matrix in memory:"
-    yield ""
-    yield HEADER.format(peer="SequentialInfluenceCalculator")
-    exact = Job(
+def exact() -> tuple[str, Job]:
+    """``direct`` with the Hessian of a small net: the two compute the same."""
+    job = Job(
         SMALL,
         4_000,
         200,
         {"solver": "direct", "source": "hessian"},
         partial(DirectInfluence, loss=LOSS, regularization=STRENGTH),
     )
-    yield exact.row("`direct`, 200 × 4,000, net 64-24-10", runs, (200, 1_000), agree=True)
-    kronecker = Job(
+    return "`direct`, 200 × 4,000, net 64-24-10", job
+
+
+def kronecker() -> tuple[str, Job]:
+    """``ekfac``: the two draw pseudo-gradients of different kinds; the same method, not the same numbers."""
+    job = Job(
         MIDDLE,
         1_000,
         100,
         {"solver": "ekfac"},
         partial(EkfacInfluence, update_diagonal=True, hessian_regularization=STRENGTH),
     )
-    # The two draw pseudo-gradients of different kinds: the same method, not the same numbers.
-    yield kronecker.row("`ekfac`, 100 × 1,000, net 64-128-64-10", runs, (25, 100), agree=False)
+    return "`ekfac`, 100 × 1,000, net 64-128-64-10", job
+
+
+def against_pydvl(runs: int) -> Iterator[str]:
+    """``SequentialInfluenceCalculator`` on jobs that it can do, at its best batch size."""
+    yield ""
+    yield "Scores alone, of models fitted to 1,500 digits, from loader to matrix in memory:"
+    yield ""
+    yield HEADER.format(peer="SequentialInfluenceCalculator")
+    for make, batch_sizes, agree in ((exact, (200, 1_000), True), (kronecker, (25, 100), False)):
+        what, job = make()
+        yield job.row(what, runs, batch_sizes, agree=agree)
 
 
 def report(runs: int) -> Iterator[str]:

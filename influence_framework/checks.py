@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from influence_framework.data import Batch, leaves
 from influence_framework.errors import InvalidInputError, NonFiniteError
+from influence_framework.finite import all_finite
 from influence_framework.parameters import ParameterSpace
 
 
@@ -50,7 +51,7 @@ def check_model(model: nn.Module) -> None:
             "(track_running_stats=False), so no sample has a loss of its own: use running statistics."
         )
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.dtype.is_floating_point and not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise NonFiniteError(f"{name!r} of the model contains NaN or infinity: training has diverged.")
 
 
@@ -111,7 +112,7 @@ def check_leaves(batch: Batch, parameters: ParameterSpace, what: str) -> None:
                     f"The {what} holds {tensor.dtype}, the model's parameters are {parameters.dtype}: "
                     f"convert with .to({parameters.dtype})."
                 )
-            if not _all_finite(tensor):
+            if not all_finite(tensor):
                 raise NonFiniteError(
                     f"There is NaN or infinity in the {what}{_where(tensor)}: drop or impute those samples."
                 )
@@ -123,20 +124,12 @@ def _where(tensor: Tensor, listed: int = 8) -> str:
         return ""
     places: list[int] = []
     for place, sample in enumerate(tensor):
-        if not _all_finite(sample):
+        if not all_finite(sample):
             places.append(place)
             if len(places) > listed:
                 break
     names = ", ".join(map(str, places[:listed])) + (", …" if len(places) > listed else "")
     return f" (sample{'s' * (len(places) > 1)} {names} of a batch of {len(tensor)})"
-
-
-def _all_finite(tensor: Tensor) -> bool:
-    """From the extremes, which NaN takes part in: a mask would take memory in proportion to the data."""
-    if not tensor.numel():
-        return True
-    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-    return all(bool(extreme.isfinite()) for extreme in torch.aminmax(real))
 
 
 def check_differentiable(batch: Batch) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from influence_framework.checks import model_state
 from influence_framework.data import Batch, random_state_kept, split
 from influence_framework.errors import InvalidInputError, NonFiniteError
+from influence_framework.finite import finite_rows
 from influence_framework.gradients import (
     Factors,
     Name,
@@ -131,7 +132,7 @@ class FittedBlock:
 
     def _rows(self, solution: Solution) -> Tensor:
         value = solution.value.T
-        bad = torch.nonzero(~torch.isfinite(value).all(dim=1)).flatten().tolist()
+        bad = torch.nonzero(~finite_rows(value)).flatten().tolist()
         if bad:
             raise NonFiniteError(
                 f"{type(self.solver).__name__} returned NaN or infinity for {len(bad)} of {len(value)} "

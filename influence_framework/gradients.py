@@ -15,6 +15,7 @@ from influence_framework.checks import check_differentiable
 from influence_framework.data import Batch, map_leaves, split, take
 from influence_framework.derivatives import CACHE_BYTES, PushForward, gradients_of, pull_back, rows_at_once
 from influence_framework.errors import NonFiniteError
+from influence_framework.finite import all_finite, finite_rows
 from influence_framework.memory import in_pieces, is_out_of_memory
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
@@ -126,7 +127,7 @@ def sample_pullbacks(
 
 def check_sample_gradients(gradients: Float[Tensor, "n _P"]) -> None:
     """Raise :class:`NonFiniteError` unless these, or what was computed from them, one row each, are finite."""
-    finite = torch.isfinite(gradients).all(dim=1)
+    finite = finite_rows(gradients)
     if not finite.all():
         bad = torch.nonzero(~finite).flatten().tolist()
         raise NonFiniteError(
@@ -309,7 +310,7 @@ def _input_derivative(problem: Problem, x: Tensor, y: Any) -> Callable[[Tensor],
         (result,) = pull_back(gradients, [inputs], problem.parameters.unflatten_rows(rows))
         if result is None:
             return inputs.new_zeros(rows.shape[0], *inputs.shape)
-        if not torch.isfinite(result).all():
+        if not all_finite(result):
             raise NonFiniteError(
                 "A derivative with respect to the input contains NaN or infinity: check the samples and "
                 "the model's behaviour at them."

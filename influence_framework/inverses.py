@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from influence_framework.errors import ConvergenceWarning
+from influence_framework.finite import finite_rows
 from influence_framework.operators import DerivedOperator, check_columns
 from influence_framework.protocols import LinearOperator, Solution, StopReason
 
@@ -85,7 +86,7 @@ def make_solution(
 ) -> Solution:
     """A :class:`Solution` whose ``converged`` follows from the reasons; NaN is never a success."""
     succeeded = (StopReason.CONVERGED, StopReason.APPROXIMATION)
-    finite = torch.isfinite(value).all(dim=0).tolist()
+    finite = finite_rows(value.T).tolist()
     reason = [
         StopReason.NOT_FINITE if why in succeeded and not good else why
         for why, good in zip(reason, finite, strict=True)

@@ -9,6 +9,7 @@ import torch
 from influence_framework.checks import check_differentiable, check_leaves, check_model, check_unchanged
 from influence_framework.data import Batch, detached, split
 from influence_framework.errors import InvalidInputError
+from influence_framework.finite import all_finite
 from influence_framework.fitted import Fitted
 from influence_framework.measurement import Measurement, measured
 from influence_framework.objective import Checking, Pointing
@@ -102,5 +103,5 @@ def check_factors(fitted: Fitted, factors: Any, size: int, name: str) -> None:
             f"{name} is {factors.dtype} on {factors.device}, the model {parameters.dtype} on "
             f"{parameters.device}: convert with .to(...)."
         )
-    if not torch.isfinite(factors).all():
+    if not all_finite(factors):
         raise InvalidInputError(f"{name} contains NaN or infinity.")

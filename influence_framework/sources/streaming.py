@@ -14,6 +14,7 @@ from torch import Tensor
 from influence_framework.costs import Work, by_columns, layers_forming
 from influence_framework.data import Batch, split
 from influence_framework.errors import NonFiniteError
+from influence_framework.finite import all_finite
 from influence_framework.layers import Cover, Layer, LayerBatch, Rows, Samples, cover, layer_batches
 from influence_framework.memory import GRAPH
 from influence_framework.operators import Operator, dense_by_columns
@@ -135,7 +136,7 @@ class StreamingOperator(Operator):
         # Rows are contiguous vectors: each parameter's part of them is a view, with nothing to copy.
         rows = columns.T.contiguous()
         (product,) = self.problem.total(partial(self._product, rows), "a curvature product", rows)
-        if not torch.isfinite(product).all() and torch.isfinite(columns).all():
+        if not all_finite(product) and all_finite(columns):
             raise NonFiniteError(
                 "A curvature product contains NaN or infinity: a gradient of the model overflows. "
                 "Check the scale of the data and of the parameters, or use float64."

@@ -23,7 +23,7 @@ from influence_framework_dask.shipping import Reference
 from influence_framework_dask.tasks import Settings, score, score_factors, solve, solve_factors
 
 TASKS_EACH = 4
-"""Tasks that there are for each worker at least, where the chunks allow it, so that they end at the same time."""
+"""Tasks for each thread of the workers at least, where the chunks allow it, so that none is idle for long."""
 
 
 class DaskInfluenceCalculator:
@@ -32,7 +32,8 @@ class DaskInfluenceCalculator:
     A chunk of test points is solved for once; a chunk of the result is the scores of a chunk of test points
     with a chunk of training points. Arrays are chunked over samples alone. In mode Up as many chunks of test
     points as half of the model's ``memory_budget`` holds are scored with a chunk of training points in one
-    task, whose gradients are formed once then. Scores are those of the model's own methods up to rounding; where test points are solved for iteratively, chunk by chunk, up to the solver's
+    task, whose gradients are formed once then. Scores are those of the model's own methods up to rounding;
+    where test points are solved for iteratively, chunk by chunk, up to the solver's
     tolerance.
 
     Args:
@@ -188,7 +189,7 @@ class DaskInfluenceCalculator:
         mode: InfluenceMode,
         room: int = 1,
     ) -> da.Array:
-        """``work`` on chunks of test points, together where ``room`` points hold them, with every chunk of ``x``.
+        """``work`` on chunks of at most ``room`` test points together, or on one, with every chunk of ``x``.
 
         What goes together is scored as one, and then cut again.
         """
