@@ -102,6 +102,26 @@ class TestLaziness:
         assert sum(name.startswith("influence-solve") for name in started) == 3
         assert sum(name.startswith("influence-scores") for name in started) == 9
 
+    @pytest.mark.parametrize("from_factors", [False, True])
+    @pytest.mark.parametrize(("budget", "groups"), [(2**28, 1), (20_000, 3)])
+    def test_test_points_are_scored_together_as_far_as_memory_goes(
+        self, budget: int, groups: int, from_factors: bool
+    ) -> None:
+        model = fitted(memory_budget=budget)
+        calculator = DaskInfluenceCalculator(model)
+        test, train = arrays(TRAIN, 4), arrays(TRAIN, 10)
+        if from_factors:
+            scores = calculator.influences_from_factors(calculator.influence_factors(*test), *train)
+        else:
+            scores = calculator.influences(*test, *train)
+        assert scores.chunks == ((4,) * 15, (10,) * 6)
+        started: list[str] = []
+        with Callback(pretask=lambda key, *_: started.append(key[0] if isinstance(key, tuple) else key)):
+            found = scores.compute(scheduler="synchronous")
+        np.testing.assert_allclose(found, model.influences(*TRAIN).numpy(), rtol=1e-9, atol=1e-10)
+        # 20,000 bytes hold 24 test points of 51 parameters twice: six chunks of four.
+        assert sum(name.startswith("influence-scores") for name in started) == groups * 6
+
     def test_a_part_takes_a_part_of_the_work(self) -> None:
         scores = DaskInfluenceCalculator(fitted()).influences(*arrays(TEST, 4), *arrays(TRAIN, 25))
         started: list[Any] = []
