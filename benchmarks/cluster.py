@@ -53,17 +53,17 @@ def scaling(data: problems.Digits, runs: int) -> Iterator[str]:
     train = list(zip(x.split(1024), y.split(1024), strict=True))
     output = {"name": "mean", "normalize": "theta_relatif"}
 
-    def job(executor: str) -> float:
-        return seconds(
-            lambda: inf.attribute(model, [(data.x_test, data.y_test)], train, output=output, executor=executor)
-        )
+    def job(executor: str, batches: int = len(train)) -> float:
+        test, part = [(data.x_test, data.y_test)], train[:batches]
+        return seconds(lambda: inf.attribute(model, test, part, output=output, executor=executor))
 
     found: dict[str, list[float]] = {"sequential": [], "1 worker": [], "2 workers": []}
+    job("sequential", batches=4)
     for _ in range(runs):
         found["sequential"].append(job("sequential"))
         for workers in (1, 2):
             with cluster(workers):
-                inf.attribute(model, None, train[:8], output="self_influence", executor="dask")
+                job("dask", batches=4 * workers)
                 found[f"{workers} worker{'s' * (workers > 1)}"].append(job("dask"))
     yield f"`attribute`, θ-RelatIF mean of {LONG:,} training over {len(data.y_test)} test points, `ekfac`:"
     yield ""

@@ -15,9 +15,9 @@ is the product of Schraudolph (2002), "Fast Curvature Matrix-Vector Products", Â
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeAlias, cast
 
 import torch
 from jaxtyping import Float
@@ -30,6 +30,12 @@ from influence_framework.layers.forms import LinearForm
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
 from influence_framework.sources.linearization import Curve, Linearization, Product, Workspace
+
+Head: TypeAlias = Callable[[Tensor], Tensor | None]
+"""From ``(n, k, c)`` tangents of the last layer's outputs to as many cotangents; ``None`` for zeros."""
+
+DENSE_HEAD = 64
+"""Outputs of the last layer up to which what follows is a matrix for each sample."""
 
 
 def plain_layers(covered: Cover) -> dict[str, Layer] | None:
@@ -70,7 +76,7 @@ class Link:
 class ChainLinearization(Linearization):
     """The curvature of one batch of a chain; see the module."""
 
-    def __init__(self, links: Sequence[Link], head: Product, parameters: ParameterSpace) -> None:
+    def __init__(self, links: Sequence[Link], head: Head, parameters: ParameterSpace) -> None:
         self.links, self.head, self.parameters = links, head, parameters
         samples = sum(link.inputs.nelement() + len(link.inputs) * len(link.weight) for link in links)
         self.row_bytes = samples * links[0].inputs.element_size()
@@ -105,7 +111,7 @@ class ChainLinearization(Linearization):
             ]
             if not _is_chain(tape, weights, slopes):
                 return None
-            head = curve(problem, tape.outputs, shifts[-1:], batch)
+            head = _head(curve(problem, tape.outputs, shifts[-1:], batch), shifts[-1])
             deltas: Sequence[Tensor | None] = [None] * len(shifts)
             bends: list[Tensor | None] = [None] * len(slopes)
             if gradient_terms:
@@ -138,12 +144,11 @@ class ChainLinearization(Linearization):
         """All products are of two matrices, with the ``k`` rows beside the features or beside the samples."""
         changes = self.parameters.unflatten_rows(rows)
         of_outputs, of_inputs = self._forward(changes, workspace)
-        (back,) = self.head([of_outputs[-1].transpose(0, 1)])
+        flow = self.head(of_outputs[-1])
         result = workspace.empty("result", rows, *rows.shape)
-        if back is None:
+        if flow is None:
             return result.zero_()
         parts = self.parameters.unflatten_rows(result)
-        flow = back.transpose(0, 1).contiguous()
         for index in reversed(range(len(self.links))):
             link = self.links[index]
             self._gradients(link, flow, of_inputs[index], parts)
@@ -216,6 +221,25 @@ class ChainLinearization(Linearization):
         if link.gradient is not None and moved is not None:
             more = link.gradient.T @ moved.flatten(1)
             part += more.view(len(link.weight), -1, link.weight.shape[1]).transpose(0, 1)
+
+
+def _head(product: Product, shift: Float[Tensor, "n c"]) -> Head:
+    """The curvature in the last layer's outputs: one small matrix for each sample, where they are few."""
+    samples, width = shift.shape
+    if width > DENSE_HEAD:
+
+        def by_autograd(tangents: Float[Tensor, "n k c"]) -> Float[Tensor, "n k c"] | None:
+            (back,) = product([tangents.transpose(0, 1)])
+            return None if back is None else back.transpose(0, 1).contiguous()
+
+        return by_autograd
+    units = torch.eye(width, dtype=shift.dtype, device=shift.device)
+    (columns,) = product([units[:, None].expand(width, samples, width)])
+    if columns is None:
+        return lambda tangents: None
+    # Symmetric, so that columns are rows.
+    matrices = columns.detach().transpose(0, 1).contiguous()
+    return lambda tangents: torch.bmm(tangents, matrices)
 
 
 def _is_chain(tape: Tape, weights: Sequence[Tensor], slopes: Sequence[Tensor]) -> bool:

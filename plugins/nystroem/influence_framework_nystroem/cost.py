@@ -21,16 +21,30 @@ def rank_for(workload: Workload) -> int:
 
 def cost_of_nystroem(workload: Workload, products: Products, rank: int, width: int) -> Cost:
     """Of an approximation of ``rank`` from ``width`` test vectors, multiplied in ``products``."""
+    # Two orthonormal bases, the core in float64, and the eigenvectors.
+    flops = 14.0 * workload.parameters * width**2 + 25.0 * width**3
+    fit = Work(products=products, flops=flops, traffic=workload.vectors(10 * width))
+    return _low_rank(workload, fit, 5 * width, rank)
+
+
+def cost_of_leading(workload: Workload, products: Products, rank: int, rows: int) -> Cost:
+    """Of an approximation of ``rank`` from leading ``rows``, chosen in ``products``' worth of passes."""
+    # The matrix of inner products, the eigenvectors from it, and those made orthogonal.
+    flops = 2.0 * workload.parameters * (rows**2 + rows * rank + 2 * rank**2) + 10.0 * rows**3
+    fit = Work(products=products, flops=flops, traffic=workload.vectors(6 * rows))
+    return _low_rank(workload, fit, rows + 3 * rank, rank)
+
+
+def _low_rank(workload: Workload, fit: Work, vectors: int, rank: int) -> Cost:
+    """After a ``fit`` that holds so many ``vectors``."""
     size, rank = workload.parameters, min(rank, workload.parameters)
     left = workload.probed.at(rank + 1)
-    # Two orthonormal bases, the core in float64, and the eigenvectors.
-    flops = 14.0 * size * width**2 + 25.0 * width**3
     applied = 8.0 * size * rank
     return Cost(
         Fidelity.LOW_RANK,
-        fit=Work(products=products, flops=flops, traffic=workload.vectors(10 * width)),
+        fit=fit,
         solve=Work(flops=applied * workload.columns, traffic=workload.vectors(4 * workload.columns + 4 * rank)),
-        fit_bytes=workload.vectors(5 * width),
+        fit_bytes=workload.vectors(vectors),
         held_bytes=workload.vectors(rank),
         solve_bytes=workload.vectors(4 * workload.columns),
         apply=Work(flops=applied, traffic=workload.vectors(4)),

@@ -13,9 +13,6 @@ from torch import Tensor
 from influence_framework.protocols import LinearOperator
 from influence_framework_nystroem.spectrum import Apply, inner, normal_columns
 
-STRIP = 128
-"""Rows of a symmetric product that are worked out together, from the diagonal on."""
-
 ROUNDING = 10.0
 """What may be zero but for rounding, in units of the dtype's precision times the norm."""
 
@@ -108,26 +105,21 @@ class Sketch:
         return Approximation(values, basis @ left[:, : len(values)].to(basis.dtype), rounding)
 
 
-def _gram(rows: Float[Tensor, "m P"]) -> Float[Tensor, "m m"]:
-    """The upper triangle of ``A Aᵀ``, float64; a few entries below it come along."""
-    gram = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
-    for start in range(0, len(rows), STRIP):
-        strip = slice(start, start + STRIP)
-        gram[strip, start:] = inner(rows[strip].T, rows[start:].T)
-    return gram
-
-
 def leading_approximation(rows: Float[Tensor, "m P"], rank: int) -> Approximation:
     """``⟦AᵀA⟧`` of at most this rank for ``A`` with few rows, from the eigenvectors of ``AAᵀ``.
 
-    Exact: the Nyström approximation with test vectors that span the rows. ``AAᵀ`` is worked out and factored in
-    float64, since its eigenvalues are the squares of singular values.
+    Exact but for rounding: the Nyström approximation with test vectors that span the rows. ``AAᵀ`` is worked
+    out in the dtype of ``A``, and so knows eigenvalues to the same rounding as products with ``C`` do. Their
+    eigenvectors, which that leaves not quite orthogonal where eigenvalues are small, are made so.
     """
     if not len(rows):
         return Approximation(rows.new_empty(0).double(), rows.T, 0.0)
-    values, coefficients = torch.linalg.eigh(_gram(rows), UPLO="U")
+    values, coefficients = torch.linalg.eigh((rows @ rows.T).double())
     values, coefficients = values.flip(0)[:rank], coefficients.flip(1)[:, :rank]
     rounding = ROUNDING * torch.finfo(rows.dtype).eps * max(values[0].item(), 0.0)
     values = values[values > rounding]
-    coefficients = coefficients[:, : len(values)] / values.sqrt()
-    return Approximation(values, rows.T @ coefficients.to(rows.dtype), rounding)
+    vectors = rows.T @ (coefficients[:, : len(values)] / values.sqrt()).to(rows.dtype)
+    factor = torch.linalg.cholesky(inner(vectors, vectors), upper=True)
+    identity = torch.eye(len(values), dtype=factor.dtype, device=factor.device)
+    orthogonal = torch.linalg.solve_triangular(factor, identity, upper=True)
+    return Approximation(values, vectors @ orthogonal.to(rows.dtype), rounding)

@@ -23,7 +23,7 @@ from influence_framework.errors import (
 from influence_framework.lowrank import LowRankInverse
 from influence_framework.operators import require_capabilities
 from influence_framework.protocols import LeadingRows, LinearOperator, SavedState
-from influence_framework_nystroem.cost import cost_of_nystroem, rank_for
+from influence_framework_nystroem.cost import cost_of_leading, cost_of_nystroem, rank_for
 from influence_framework_nystroem.sketch import Approximation, Sketch, leading_approximation
 from influence_framework_nystroem.spectrum import NORM_STEPS, Apply, lanczos_steps, residual_norm, ritz_values
 
@@ -170,7 +170,13 @@ class NystroemSolver:
         )
 
     def cost(self, workload: Workload) -> Cost:
-        """A product with all test vectors together, for every pass of the power method too."""
+        """A product with all test vectors together, for every pass of the power method too.
+
+        With ``leading_rows`` it is a pass over the data and the gradients of some samples.
+        """
+        checks = [] if workload.semidefinite else [(float(self.checks), 1.0)]
+        if self.leading_rows is not None:
+            return cost_of_leading(workload, ((1.0, 1.0), *checks), cast(int, self.rank), self.leading_rows)
         ranks = [self.rank] if self.rank != "auto" else self._doubled(workload)
         products = []
         width = 0
@@ -180,9 +186,7 @@ class NystroemSolver:
             width = widened
             if self.rank == "auto":
                 products.append((float(NORM_STEPS), 1.0))
-        if not workload.semidefinite:
-            products.append((float(self.checks), 1.0))
-        return cost_of_nystroem(workload, tuple(products), ranks[-1], width)
+        return cost_of_nystroem(workload, (*products, *checks), ranks[-1], width)
 
     def _doubled(self, workload: Workload) -> list[int]:
         """The ranks that ``"auto"`` would try, as far as the spectrum tells."""
