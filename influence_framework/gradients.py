@@ -18,6 +18,7 @@ from influence_framework.errors import NonFiniteError
 from influence_framework.finite import all_finite, finite_rows
 from influence_framework.memory import in_pieces, is_out_of_memory
 from influence_framework.parameters import ParameterSpace
+from influence_framework.plain_scores import plain_layers_of, scores_by_layers
 from influence_framework.problem import Problem
 
 
@@ -219,11 +220,15 @@ def contract_up(
 ) -> dict[Name, Float[Tensor, "m n"]]:
     """``f_k · ∇ℓ_j`` for every factor of every name and every sample of the batch.
 
-    Either from per-sample gradients, formed for as many samples at a time as pays and multiplied at
-    once, ``2·m·n·P`` flops; or, for few factors, as directional derivatives of all samples' losses at
-    once, which forms no gradient of a sample. The choice changes speed only.
+    Where all parameters are those of linear layers, from inputs and output gradients of these. Else either from
+    per-sample gradients, formed for as many samples at a time as pays and multiplied at once, ``2·m·n·P``
+    flops; or, for few factors, as directional derivatives of all samples' losses at once, which forms no
+    gradient of a sample. The choice changes speed only.
     """
     size = problem.objective.size(batch)
+    found = _by_layers(factors, problem, batch)
+    if found is not None:
+        return found
 
     directions = sum(part.rows.shape[0] for part in factors.values())
     along = problem.twice_differentiable and _directions_pay(directions, problem)
@@ -232,6 +237,24 @@ def contract_up(
     work = partial(contraction, factors, problem)
     parts = [part for _, part in in_pieces(problem.room, batch, problem.objective.size, at_most, work)]
     return {name: torch.cat([part[name] for part in parts], dim=1) for name in factors}
+
+
+def _by_layers(
+    factors: Mapping[Name, Factors], problem: Problem, batch: Batch
+) -> dict[Name, Float[Tensor, "m n"]] | None:
+    """From inputs and output gradients of layers; ``None`` where factors or model do not allow it."""
+    if any(part.index is not None for part in factors.values()) or plain_layers_of(problem) is None:
+        return None
+    work = partial(scores_by_layers, [part.rows for part in factors.values()], problem)
+    pieces = []
+    for _, found in in_pieces(problem.room, batch, problem.objective.size, problem.max_batch, work):
+        if found is None:
+            return None
+        pieces.append(found)
+    scores = [torch.cat(parts, dim=1) for parts in zip(*pieces, strict=True)]
+    for part in scores:
+        check_sample_gradients(part.T)
+    return dict(zip(factors, scores, strict=True))
 
 
 def _directions_pay(count: int, problem: Problem) -> bool:

@@ -81,6 +81,7 @@ class Problem:
             all. ``size`` counts the samples of all shares.
         confirmed: What was found out of the model's layers for all blocks, once; see ``layers.covering``.
         room: How many samples at a time memory was found to have room for.
+        plain: Of parameters by name, the linear layers that are all they belong to; see ``plain_scores``.
         whole: The parameters of all blocks, where ``parameters`` are those of one; else ``None``.
     """
 
@@ -104,6 +105,7 @@ class Problem:
     confirmed: list[Any] = field(default_factory=list, repr=False, compare=False)
     room: Room = field(default_factory=Room)
     whole: ParameterSpace | None = None
+    plain: dict[tuple[str, ...], Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def build(

@@ -1,0 +1,103 @@
+"""Scores of nets of linear layers from inputs and output gradients of these."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import influence_framework as inf
+from influence_framework import gradients
+from influence_framework.gradients import Factors, contract_up
+from tests import reference
+from tests.reference import assert_close
+
+LOSS = nn.CrossEntropyLoss()
+
+
+def net(kind: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(0)
+    middle: dict[str, nn.Module] = {"relu": nn.ReLU(), "softmax": nn.Softmax(1), "frozen": nn.Tanh()}
+    model = nn.Sequential(
+        nn.Linear(4, 6), middle[kind], nn.Linear(6, 5, bias=False), nn.Tanh(), nn.Linear(5, 3)
+    )
+    if kind == "frozen":
+        model[0].bias.requires_grad_(False)
+        model[4].weight.requires_grad_(False)
+    return model.to(dtype).eval()
+
+
+def points(count: int, dtype: torch.dtype = torch.float64, *shape: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(count)
+    x = torch.randn(count, *shape, 4, generator=generator, dtype=dtype)
+    return x, torch.randint(3, (count, *shape), generator=generator)
+
+
+@pytest.fixture
+def by_layers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("another way was taken")
+
+    monkeypatch.setattr(gradients, "_with_gradients", refuse)
+    monkeypatch.setattr(gradients, "_along_factors", refuse)
+
+
+@pytest.mark.usefixtures("by_layers_alone")
+@pytest.mark.parametrize("budget", [2**30, 2**14])
+@pytest.mark.parametrize("kind", ["relu", "softmax", "frozen"])
+def test_equal_products_with_gradients(kind: str, budget: int) -> None:
+    model, train = net(kind), points(70)
+    problem = inf.Problem.build(model, LOSS, [points(9)], memory_budget=budget)
+    size = problem.parameters.numel
+    rows = torch.randn(size + 5, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = contract_up({"one": Factors(rows), "two": Factors(2 * rows[:3])}, problem, train)
+    expected = rows @ reference.gradients(model, LOSS, [train]).T
+    assert_close(found["one"], expected, 1e-13)
+    assert_close(found["two"], 2 * expected[:3], 1e-13)
+
+
+class Whispering(nn.Module):
+    """Uses its first weight once more beside the layer, too faintly for two samples to tell in float32."""
+
+    def __init__(self, faintness: float) -> None:
+        super().__init__()
+        self.first, self.second, self.faintness = nn.Linear(4, 4), nn.Linear(4, 3), faintness
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.second(self.first(x).tanh())
+        return result + self.faintness * (x @ self.first.weight)[:, :3]
+
+
+@pytest.mark.parametrize("faintness", [1e-4, 1.0])
+def test_a_weight_beside_its_layer_is_not_lost(faintness: float) -> None:
+    torch.manual_seed(0)
+    model, train = Whispering(faintness).eval(), points(40, torch.float32)
+    problem = inf.Problem.build(model, LOSS, [train])
+    rows = torch.randn(3, problem.parameters.numel, generator=torch.Generator().manual_seed(1))
+    found = contract_up({"all": Factors(rows)}, problem, train)["all"]
+    assert_close(found, rows @ reference.gradients(model, LOSS, [train]).T, 2e-6)
+    assert problem.plain[problem.parameters.names] is None
+
+
+def test_layers_on_sequences_go_another_way() -> None:
+    x, y = points(5, torch.float64, 7)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double().eval()
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(output.transpose(1, 2), target)
+
+    problem = inf.Problem.build(model, loss, [(x, y)])
+    rows = torch.randn(2, problem.parameters.numel, dtype=torch.float64)
+    found = contract_up({"all": Factors(rows)}, problem, (x, y))["all"]
+    assert_close(found, rows @ reference.gradients(model, loss, [(x, y)]).T, 1e-12)
+
+
+def test_a_gradient_that_is_not_finite_is_told_of() -> None:
+    model, (x, y) = net("relu"), points(6)
+    problem = inf.Problem.build(model, LOSS, [(x, y)])
+    rows = torch.ones(2, problem.parameters.numel, dtype=torch.float64)
+    x[4] = float("inf")
+    with pytest.raises(inf.NonFiniteError, match=r"samples \[4\]|NaN or infinity"):
+        contract_up({"all": Factors(rows)}, problem, (x, y))
