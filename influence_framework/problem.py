@@ -105,7 +105,7 @@ class Problem:
     confirmed: list[Any] = field(default_factory=list, repr=False, compare=False)
     room: Room = field(default_factory=Room)
     whole: ParameterSpace | None = None
-    plain: dict[tuple[str, ...], Any] = field(default_factory=dict, repr=False, compare=False)
+    plain: Remembered = field(default_factory=lambda: Remembered(), repr=False, compare=False)
 
     @classmethod
     def build(
@@ -467,6 +467,17 @@ class Problem:
     def sample_losses(self, parameters: Mapping[str, Tensor], batch: Batch) -> Float[Tensor, " n"]:
         """``ℓ_i`` of each sample of the batch."""
         return self.objective.sample_losses(self.outputs(parameters, batch), batch)
+
+
+class Remembered(dict[Any, Any]):
+    """What is found out again where it is missing: on another device, and in another process."""
+
+    def to(self, device: Any) -> Remembered:
+        """Nothing of it."""
+        return Remembered()
+
+    def __reduce__(self) -> tuple[type[Remembered], tuple[()]]:
+        return Remembered, ()
 
 
 def _settled(objective: Objective) -> Objective:
