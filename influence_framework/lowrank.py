@@ -97,7 +97,7 @@ class LowRankInverse(Inverse):
         """Whether rounding of the large eigenvalues is well below what λ needs."""
         largest = self.values.abs().max().item() if len(self.values) else 0.0
         precision: float = torch.finfo(self.dtype).eps
-        return bool(10 * precision**0.5 * (largest + self.regularization) <= self.regularization)
+        return bool(precision**0.5 * (largest + self.regularization) <= self.regularization)
 
     def _filters(self) -> tuple[Float[Tensor, " r"], float]:
         """What is applied on the span, and what outside of it."""
