@@ -69,30 +69,38 @@ def _per_sample(
         return torch.stack([one(leaves, take(batch, slice(i, i + 1))) for i in range(size)])
 
 
+def _gradients_of_each(
+    scalar: Callable[[dict[str, Tensor], Batch], Tensor],
+    size: int,
+    problem: Problem,
+    parameters: ParameterSpace,
+    batch: Batch,
+) -> Float[Tensor, "n P"]:
+    """The gradient of ``scalar(parameters, one sample)`` for every sample, one row each."""
+
+    def gradient(leaves: dict[str, Tensor], sample: Batch) -> Tensor:
+        return parameters.flatten(torch.func.grad(scalar)(leaves, sample))
+
+    def by_autograd(leaves: dict[str, Tensor], sample: Batch) -> Tensor:
+        inputs = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
+        with torch.enable_grad():
+            value = scalar(inputs, sample)
+        found = gradients_of(value, list(inputs.values()), keep_graph=False)
+        return parameters.flatten(dict(zip(inputs, found, strict=True)))
+
+    rows = _per_sample(gradient, size, problem, parameters, batch, by_autograd)
+    check_sample_gradients(rows)
+    return rows
+
+
 def sample_gradients(problem: Problem, parameters: ParameterSpace, batch: Batch) -> Float[Tensor, "n P"]:
     """``∇ℓ_i`` of every sample of the batch, one row each.
 
     Raises:
         NonFiniteError: A gradient contains NaN or infinity; the message says which samples'.
     """
-
-    def gradient(leaves: dict[str, Tensor], sample: Batch) -> Tensor:
-        def loss(values: dict[str, Tensor]) -> Tensor:
-            return problem.mean_loss(values, sample)
-
-        return parameters.flatten(torch.func.grad(loss)(leaves))
-
-    def by_autograd(leaves: dict[str, Tensor], sample: Batch) -> Tensor:
-        inputs = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
-        with torch.enable_grad():
-            loss = problem.mean_loss(inputs, sample)
-        found = gradients_of(loss, list(inputs.values()), keep_graph=False)
-        return parameters.flatten(dict(zip(inputs, found, strict=True)))
-
     size = problem.objective.size(batch)
-    gradients = _per_sample(gradient, size, problem, parameters, batch, by_autograd)
-    check_sample_gradients(gradients)
-    return gradients
+    return _gradients_of_each(problem.mean_loss, size, problem, parameters, batch)
 
 
 def sample_pullbacks(
@@ -104,26 +112,12 @@ def sample_pullbacks(
         NonFiniteError: A row contains NaN or infinity; the message says which samples'.
     """
 
-    def pulled(leaves: dict[str, Tensor], sample: Batch) -> Tensor:
+    def along(values: dict[str, Tensor], sample: Batch) -> Tensor:
         points, cotangent = sample
+        total: Tensor = (problem.outputs(values, points) * cotangent).sum()
+        return total
 
-        def along(values: dict[str, Tensor]) -> Tensor:
-            total: Tensor = (problem.outputs(values, points) * cotangent).sum()
-            return total
-
-        return parameters.flatten(torch.func.grad(along)(leaves))
-
-    def by_autograd(leaves: dict[str, Tensor], sample: Batch) -> Tensor:
-        points, cotangent = sample
-        inputs = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
-        with torch.enable_grad():
-            outputs = problem.outputs(inputs, points)
-        found = gradients_of((outputs * cotangent).sum(), list(inputs.values()), keep_graph=False)
-        return parameters.flatten(dict(zip(inputs, found, strict=True)))
-
-    rows = _per_sample(pulled, len(cotangents), problem, parameters, (batch, cotangents), by_autograd)
-    check_sample_gradients(rows)
-    return rows
+    return _gradients_of_each(along, len(cotangents), problem, parameters, (batch, cotangents))
 
 
 def check_sample_gradients(gradients: Float[Tensor, "n _P"]) -> None:

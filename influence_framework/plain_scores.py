@@ -15,7 +15,6 @@ from torch import Tensor
 from influence_framework.data import Batch
 from influence_framework.derivatives import CACHE_BYTES, gradients_of
 from influence_framework.layers import Layer, LayerBatch, cover, layer_batch, true_gradients
-from influence_framework.layers.forms import LinearForm
 from influence_framework.problem import Problem
 
 ROUNDINGS = 16.0
@@ -27,8 +26,7 @@ def plain_layers_of(problem: Problem) -> tuple[Layer, ...] | None:
     names = problem.parameters.names
     if names not in problem.plain:
         covered = cover(problem, problem.parameters)
-        plain = all(len(x.modules) == 1 and type(x.form) is LinearForm for x in covered.layers)
-        problem.plain[names] = covered.layers if plain and not covered.uncovered else None
+        problem.plain[names] = covered.layers if covered.plain else None
     found: tuple[Layer, ...] | None = problem.plain[names]
     return found
 
@@ -38,8 +36,10 @@ def scores_by_layers(
 ) -> list[Float[Tensor, "_m n"]] | None:
     """``f_k · ∇ℓ_j`` of every factor and sample; ``None`` where the model is not of that kind.
 
-    Their sum over the samples is held against the gradient of the summed loss, by autograd: what a model does
-    with a weight beside its layer shows there. Where it does, other batches are not tried.
+    Their sum over the samples, with random signs, is held against the gradient of the same sum of losses, by
+    autograd: what a model does with a weight beside its layer shows there. (Without signs, what is
+    proportional to the gradient in the outputs would not where that vanishes, as it does at an optimum.) Where
+    it shows, other batches are not tried.
     """
     layers = plain_layers_of(problem)
     if layers is None:
@@ -81,8 +81,11 @@ def _add_up(
     found: Mapping[Layer, LayerBatch],
 ) -> bool:
     leaves = problem.parameters.leaves(problem.model)
+    generator = torch.Generator("cpu").manual_seed(0)
+    drawn = torch.randint(2, (len(scores[0]),), generator=generator, device="cpu")
+    signs = (2 * drawn - 1).to(scores[0])
     with torch.enable_grad():
-        total = problem.sample_losses(leaves, batch).sum()
+        total = (signs * problem.sample_losses(leaves, batch)).sum()
     gradients = gradients_of(total, list(leaves.values()), keep_graph=False)
     gradient = problem.parameters.flatten(dict(zip(leaves, gradients, strict=True)))
     squares = [
@@ -93,6 +96,6 @@ def _add_up(
     for part, rows in zip(scores, factors, strict=True):
         allowed = ROUNDINGS * problem.precision * torch.linalg.vector_norm(rows, dim=1) * norms
         # A gradient that is not finite is told of by whoever checks the scores.
-        if ((part.sum(0) - rows @ gradient).abs() > allowed).any():
+        if ((signs @ part - rows @ gradient).abs() > allowed).any():
             return False
     return True

@@ -134,7 +134,7 @@ class LeadingRows(Protocol):
     """
 
     def leading_rows(self, count: int) -> Float[Tensor, "m P"]:
-        """The ``m ≤ count`` rows that are largest in the outputs: with ``w``, largest first.
+        """The ``m ≤ count`` rows with the largest ``w``, those first.
 
         Rows are ``√w qᵀ J_n / √N``, with an eigenpair ``(w, q)`` of the Hessian of sample ``n``'s loss in the
         outputs. Of many outputs it is one row for a random target of each sample, and for the empirical Fisher

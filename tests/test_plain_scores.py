@@ -81,6 +81,33 @@ def test_a_weight_beside_its_layer_is_not_lost(faintness: float) -> None:
     assert problem.plain[problem.parameters.names] is None
 
 
+class Echoing(nn.Module):
+    """Adds a little of its last bias once more: what that adds to a gradient is that in the outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.only = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.only(x)
+        return result + 1e-4 * self.only.bias
+
+
+def test_nor_where_the_gradient_in_the_outputs_adds_up_to_zero() -> None:
+    torch.manual_seed(0)
+    model, (x, _) = Echoing().eval(), points(40, torch.float32)
+    targets = torch.randn(20, 3)
+    with torch.no_grad():
+        outputs = model(x)
+    # Residuals come in pairs of opposite sign.
+    train = (x, outputs + torch.cat([targets, -targets]))
+    problem = inf.Problem.build(model, nn.MSELoss(), [train])
+    rows = torch.randn(3, problem.parameters.numel, generator=torch.Generator().manual_seed(1))
+    found = contract_up({"all": Factors(rows)}, problem, train)["all"]
+    assert_close(found, rows @ reference.gradients(model, nn.MSELoss(), [train]).T, 2e-6)
+    assert problem.plain[problem.parameters.names] is None
+
+
 def test_layers_on_sequences_go_another_way() -> None:
     x, y = points(5, torch.float64, 7)
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double().eval()

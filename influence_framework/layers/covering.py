@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from influence_framework.data import Batch, take
 from influence_framework.derivatives import gradients_of
 from influence_framework.errors import InvalidInputError, NonFiniteError
-from influence_framework.layers.forms import FORMS, MatrixForm, UnsupportedLayerError, form_of
+from influence_framework.layers.forms import FORMS, LinearForm, MatrixForm, UnsupportedLayerError, form_of
 from influence_framework.layers.statistics import Recorded
 from influence_framework.layers.tape import Layer, record
 from influence_framework.memory import is_out_of_memory
@@ -32,6 +32,12 @@ class Cover:
 
     layers: tuple[Layer, ...]
     uncovered: Mapping[str, str]
+
+    @property
+    def plain(self) -> bool:
+        """Whether all parameters are those of linear modules that share none."""
+        forms = all(len(layer.modules) == 1 and type(layer.form) is LinearForm for layer in self.layers)
+        return forms and not self.uncovered
 
 
 def cover(problem: Problem, parameters: ParameterSpace) -> Cover:

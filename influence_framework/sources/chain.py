@@ -26,7 +26,6 @@ from torch import Tensor
 from influence_framework.data import Batch
 from influence_framework.derivatives import gradients_of
 from influence_framework.layers import Cover, Layer, Tape, record
-from influence_framework.layers.forms import LinearForm
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
 from influence_framework.sources.linearization import Curve, Linearization, Product, Workspace
@@ -34,14 +33,10 @@ from influence_framework.sources.linearization import Curve, Linearization, Prod
 Head: TypeAlias = Callable[[Tensor], Tensor | None]
 """From ``(n, k, c)`` tangents of the last layer's outputs to as many cotangents; ``None`` for zeros."""
 
-DENSE_HEAD = 64
-"""Outputs of the last layer up to which what follows is a matrix for each sample."""
-
 
 def plain_layers(covered: Cover) -> dict[str, Layer] | None:
     """The layers by module, where all parameters are those of linear modules that share none; else ``None``."""
-    plain = all(len(x.modules) == 1 and type(x.form) is LinearForm for x in covered.layers)
-    if covered.uncovered or not plain:
+    if not covered.plain:
         return None
     return {name: layer for layer in covered.layers for name in layer.modules}
 
@@ -111,7 +106,7 @@ class ChainLinearization(Linearization):
             ]
             if not _is_chain(tape, weights, slopes):
                 return None
-            head = _head(curve(problem, tape.outputs, shifts[-1:], batch), shifts[-1])
+            head = _head(curve(problem, tape.outputs, shifts[-1:], batch), inputs, shifts)
             deltas: Sequence[Tensor | None] = [None] * len(shifts)
             bends: list[Tensor | None] = [None] * len(slopes)
             if gradient_terms:
@@ -223,10 +218,11 @@ class ChainLinearization(Linearization):
             part += more.view(len(link.weight), -1, link.weight.shape[1]).transpose(0, 1)
 
 
-def _head(product: Product, shift: Float[Tensor, "n c"]) -> Head:
-    """The curvature in the last layer's outputs: one small matrix for each sample, where they are few."""
+def _head(product: Product, inputs: Sequence[Tensor], shifts: Sequence[Tensor]) -> Head:
+    """The curvature in the last layer's outputs: a matrix for each sample, of no more than its activations."""
+    shift = shifts[-1]
     samples, width = shift.shape
-    if width > DENSE_HEAD:
+    if width**2 > sum(tensor.shape[1] for tensor in (*inputs, *shifts)):
 
         def by_autograd(tangents: Float[Tensor, "n k c"]) -> Float[Tensor, "n k c"] | None:
             (back,) = product([tangents.transpose(0, 1)])

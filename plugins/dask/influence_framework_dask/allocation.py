@@ -76,8 +76,9 @@ def _asked(name: str) -> int:
 def _glibc() -> Any | None:
     try:
         library = ctypes.CDLL(None)
-        library.gnu_get_libc_version, library.mallopt  # noqa: B018
-        library.malloc_trim.argtypes = [ctypes.c_size_t]
-    except (AttributeError, OSError, TypeError):
+    except (OSError, TypeError):
         return None
+    if not all(hasattr(library, name) for name in ("gnu_get_libc_version", "mallopt", "malloc_trim")):
+        return None
+    library.malloc_trim.argtypes = [ctypes.c_size_t]
     return library
