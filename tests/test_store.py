@@ -209,6 +209,15 @@ def test_a_run_that_was_killed_goes_on_to_the_same_result(index: int, killed: Pa
             assert all_.solved >= one.solved > 0
 
 
+@pytest.mark.parametrize("output", ["matrix", "factors"])
+def test_a_half_written_chunk_of_a_killed_run_is_cleared_away(tmp_path: Path, output: str) -> None:
+    run(tmp_path / "s", output, ROOMY)
+    expected = contents(tmp_path / "s")
+    (tmp_path / "s" / "scores.zarr" / "c" / "0" / f"0.{'5c' * 16}.partial").write_bytes(b"half")
+    run(tmp_path / "s", output, ROOMY)
+    assert contents(tmp_path / "s") == expected
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {
         str(file.relative_to(folder)): file.read_bytes()

@@ -89,6 +89,9 @@ class Store:
         zarr = _zarr()
         location = self.path / SCORES
         if location.exists() and (self.path / STATE).exists():
+            # zarr writes a chunk under another name first: what a run that was killed left of one.
+            for unfinished in location.rglob("*.partial"):
+                unfinished.unlink()
             array = zarr.open_array(location, mode="r+")
         else:
             factors = isinstance(output, Factors)
