@@ -108,6 +108,7 @@ from influence_framework.registry import (
 from influence_framework.regularization import RelativeRegularization
 from influence_framework.reporting import report
 from influence_framework.reports import BlockReport, BlockTotals, SolveReport
+from influence_framework.rows import RootRows
 
 __all__ = [
     "PLUGIN_API_VERSION",
@@ -178,6 +179,7 @@ __all__ = [
     "RelativeRegularization",
     "Reregularizable",
     "Restoring",
+    "RootRows",
     "SavedState",
     "Scored",
     "Seq2SeqLM",

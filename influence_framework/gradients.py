@@ -18,7 +18,7 @@ from influence_framework.errors import NonFiniteError
 from influence_framework.finite import all_finite, finite_rows
 from influence_framework.memory import in_pieces, is_out_of_memory
 from influence_framework.parameters import ParameterSpace
-from influence_framework.plain_scores import plain_layers_of, scores_by_layers
+from influence_framework.plain import plain_layers_of, scores_by_layers
 from influence_framework.problem import Problem
 
 
@@ -237,7 +237,10 @@ def _by_layers(
     factors: Mapping[Name, Factors], problem: Problem, batch: Batch
 ) -> dict[Name, Float[Tensor, "m n"]] | None:
     """From inputs and output gradients of layers; ``None`` where factors or model do not allow it."""
-    if any(part.index is not None for part in factors.values()) or plain_layers_of(problem) is None:
+    if (
+        any(part.index is not None for part in factors.values())
+        or plain_layers_of(problem, problem.parameters) is None
+    ):
         return None
     work = partial(scores_by_layers, [part.rows for part in factors.values()], problem)
     pieces = []

@@ -112,7 +112,9 @@ class LowRankInverse(Inverse):
         if outside == 0:
             return self.vectors @ (inside[:, None] * along)
         if self.rough and self._near_enough():
-            return torch.addmm(columns, self.vectors, (inside - outside)[:, None] * along, beta=outside)
+            # As rows, which is how right-hand sides come, and how what is done with them next is quick.
+            scaled = (inside - outside)[:, None] * along
+            return torch.addmm(columns.T, scaled.T, self.vectors.T, beta=outside).T
         # One projection leaves the rounding of what it takes out, which 1/(τ + λ) would make the larger part.
         rest = columns - self.vectors @ along
         again = self.vectors.T @ rest

@@ -81,7 +81,7 @@ class Problem:
             all. ``size`` counts the samples of all shares.
         confirmed: What was found out of the model's layers for all blocks, once; see ``layers.covering``.
         room: How many samples at a time memory was found to have room for.
-        plain: Of parameters by name, the linear layers that are all they belong to; see ``plain_scores``.
+        plain: Of parameters by name, the linear layers that are all they belong to; see ``plain``.
         whole: The parameters of all blocks, where ``parameters`` are those of one; else ``None``.
     """
 

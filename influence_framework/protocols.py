@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from influence_framework.parameters import ParameterSpace
     from influence_framework.problem import Problem
     from influence_framework.processes import Processes
+    from influence_framework.rows import RootRows
 
 
 @runtime_checkable
@@ -133,7 +134,7 @@ class LeadingRows(Protocol):
     the model, which the Hessian has beside its Gauss-Newton part.
     """
 
-    def leading_rows(self, count: int) -> Float[Tensor, "m P"]:
+    def leading_rows(self, count: int) -> RootRows:
         """The ``m ≤ count`` rows with the largest ``w``, those first.
 
         Rows are ``√w qᵀ J_n / √N``, with an eigenpair ``(w, q)`` of the Hessian of sample ``n``'s loss in the

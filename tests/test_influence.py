@@ -258,7 +258,7 @@ def test_both_ways_to_contract_give_the_same(
     instance, influence = fitted(name, structure)
     test, train = cases.points(name, 4, 1), cases.points(name, 6, 2)
     ways: list[bool] = []
-    monkeypatch.setattr(inf.gradients, "plain_layers_of", lambda _: None)
+    monkeypatch.setattr(inf.gradients, "plain_layers_of", lambda *_: None)
     monkeypatch.setattr(inf.gradients, "_directions_pay", lambda *_: ways.append(directions) or directions)
     scores = influence.influences_by_block(*test, *train)
     assert ways == [directions]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import sqrt
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -12,11 +14,13 @@ from torch import Tensor
 
 from influence_framework.data import Batch, take
 from influence_framework.errors import InvalidInputError
-from influence_framework.gradients import chunk_size, sample_pullbacks
+from influence_framework.gradients import check_sample_gradients, chunk_size, sample_pullbacks
 from influence_framework.layers import Rows
 from influence_framework.memory import in_pieces
 from influence_framework.parameters import ParameterSpace
+from influence_framework.plain import PlainGradients, plain_layers_of
 from influence_framework.problem import Problem
+from influence_framework.rows import RootRows
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class _Candidates:
         return _Candidates(take(self.samples, index), self.cotangents[index], self.norms[index])
 
 
-def leading_rows(problem: Problem, parameters: ParameterSpace, rows: Rows, count: int) -> Float[Tensor, "m P"]:
+def leading_rows(problem: Problem, parameters: ParameterSpace, rows: Rows, count: int) -> RootRows:
     """``J_nᵀ r / √N`` of the ``m ≤ count`` cotangents ``r`` of samples that are the largest, largest first.
 
     Takes a forward pass over the data, and ``m`` samples' worth of a backward pass.
@@ -68,25 +72,75 @@ def leading_rows(problem: Problem, parameters: ParameterSpace, rows: Rows, count
             "process, or leave the option leading_rows out."
         )
     chosen: list[_Candidates] = problem.room.retried(partial(_chosen, problem, rows, count))
-    norms = torch.cat([part.norms for part in chosen])
-    places = norms.argsort(descending=True).argsort()
-    result = torch.empty(len(norms), parameters.numel, dtype=parameters.dtype, device=parameters.device)
+    order = torch.cat([part.norms for part in chosen]).argsort(descending=True)
+    pieces = [(part.samples, part.cotangents / sqrt(problem.size)) for part in chosen if len(part)]
+    if pieces:
+        plain = _by_layers(problem, parameters, pieces)
+        if plain is not None:
+            return PlainRows.of(PlainGradients.joined(plain, order))
+    places = order.argsort()
+    result = torch.empty(len(order), parameters.numel, dtype=parameters.dtype, device=parameters.device)
     begun = 0
-    for part in filter(len, chosen):
-        scaled = part.cotangents / sqrt(problem.size)
+    for piece in pieces:
         pull = partial(_pulled, problem, parameters)
-        at_most = chunk_size(problem, parameters, len(part))
-        for _, found in in_pieces(problem.room, (part.samples, scaled), _size, at_most, pull):
+        at_most = chunk_size(problem, parameters, _size(piece))
+        for _, found in in_pieces(problem.room, piece, _size, at_most, pull):
             result[places[begun : begun + len(found)]] = found
             begun += len(found)
+    return RootRows(result)
+
+
+@dataclass(frozen=True, eq=False)
+class PlainRows(RootRows):
+    """Rows that are outer products of layers, whose inner products take no products of rows."""
+
+    gradients: PlainGradients
+
+    @classmethod
+    def of(cls, gradients: PlainGradients) -> PlainRows:
+        rows = gradients.rows()
+        check_sample_gradients(rows)
+        return cls(rows, gradients)
+
+    def inner(self) -> Float[Tensor, "m m"]:
+        return self.gradients.inner()
+
+
+Piece: TypeAlias = tuple[Batch, Tensor]
+"""Samples, and the cotangent of the outputs of each."""
+
+
+def _by_layers(
+    problem: Problem, parameters: ParameterSpace, pieces: Sequence[Piece]
+) -> list[PlainGradients] | None:
+    """From inputs and output gradients of layers; ``None`` where the model does not allow it."""
+    if plain_layers_of(problem, parameters) is None:
+        return None
+    work = partial(_outer_products, problem, parameters)
+    result = []
+    for piece in pieces:
+        for _, found in in_pieces(problem.room, piece, _size, problem.max_batch, work):
+            if found is None:
+                return None
+            result.append(found)
     return result
 
 
-def _pulled(problem: Problem, parameters: ParameterSpace, piece: tuple[Batch, Tensor]) -> Tensor:
+def _outer_products(problem: Problem, parameters: ParameterSpace, piece: Piece) -> PlainGradients | None:
+    samples, cotangents = piece
+
+    def total(leaves: dict[str, Tensor], signs: Float[Tensor, " m"]) -> Tensor:
+        along = (problem.outputs(leaves, samples) * cotangents).reshape(len(signs), -1).sum(1)
+        return (signs * along).sum()
+
+    return PlainGradients.of(problem, parameters, samples, lambda *_: cotangents[None], total)
+
+
+def _pulled(problem: Problem, parameters: ParameterSpace, piece: Piece) -> Tensor:
     return sample_pullbacks(problem, parameters, *piece)
 
 
-def _size(piece: tuple[Batch, Tensor]) -> int:
+def _size(piece: Piece) -> int:
     return len(piece[1])
 
 

@@ -21,6 +21,7 @@ from influence_framework.operators import Operator, dense_by_columns
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
 from influence_framework.protocols import LinearOperator
+from influence_framework.rows import RootRows
 from influence_framework.sources.chain import ChainLinearization, plain_layers
 from influence_framework.sources.layered import Curvature, layered_dense, once_on_vectors
 from influence_framework.sources.leading import leading_rows
@@ -215,7 +216,7 @@ class StreamingOperator(Operator):
 
         return self.problem.total(work, "statistics of layers")
 
-    def leading_rows(self, count: int) -> Float[Tensor, "m P"]:
+    def leading_rows(self, count: int) -> RootRows:
         """Of the Gauss-Newton part of the Hessian; see :class:`LeadingRows`."""
         rows = self.rows(self.problem, "leading", torch.Generator("cpu").manual_seed(0))
         return leading_rows(self.problem, self.parameters, rows, count)

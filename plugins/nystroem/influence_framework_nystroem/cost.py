@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from influence_framework.costs import Cost, Fidelity, Products, Work, Workload
+from influence_framework_nystroem.sketch import PASSES, TEST_VECTORS
 
 LEFT = 3.0
 """Norm of what a sketch leaves, in units of the first eigenvalue beyond its rank."""
@@ -29,10 +30,18 @@ def cost_of_nystroem(workload: Workload, products: Products, rank: int, width: i
 
 def cost_of_leading(workload: Workload, products: Products, rank: int, rows: int) -> Cost:
     """Of an approximation of ``rank`` from leading ``rows``, chosen in ``products``' worth of passes."""
-    # The matrix of inner products, the eigenvectors from it, and those made orthogonal.
-    flops = 2.0 * workload.parameters * (rows**2 + rows * rank + 2 * rank**2) + 10.0 * rows**3
+    # The matrix of inner products, at most; its eigenvectors; and what they make of the rows.
+    flops = 2.0 * workload.parameters * (rows**2 + rows * rank) + _eigenvectors(rows, rank)
     fit = Work(products=products, flops=flops, traffic=workload.vectors(6 * rows))
-    return _low_rank(workload, fit, rows + 3 * rank, rank)
+    return _low_rank(workload, fit, rows + rank, rank)
+
+
+def _eigenvectors(rows: int, rank: int) -> float:
+    """Flops for those of a matrix of inner products, as ``leading_approximation`` finds them."""
+    width = rank + TEST_VECTORS
+    if rows <= 2 * width:
+        return 10.0 * rows**3
+    return PASSES * (2.0 * rows**2 * width + 4.0 * rows * width**2) + 10.0 * width**3
 
 
 def _low_rank(workload: Workload, fit: Work, vectors: int, rank: int) -> Cost:

@@ -11,10 +11,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence_framework.protocols import LinearOperator
+from influence_framework.rows import RootRows
 from influence_framework_nystroem.spectrum import Apply, inner, normal_columns
 
 ROUNDING = 10.0
 """What may be zero but for rounding, in units of the dtype's precision times the norm."""
+
+
+TEST_VECTORS = 10
+"""Of subspace iteration, beyond the rank."""
+
+PASSES = 4
+"""Of subspace iteration."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,21 +113,35 @@ class Sketch:
         return Approximation(values, basis @ left[:, : len(values)].to(basis.dtype), rounding)
 
 
-def leading_approximation(rows: Float[Tensor, "m P"], rank: int) -> Approximation:
+def leading_approximation(root: RootRows, rank: int) -> Approximation:
     """``⟦AᵀA⟧`` of at most this rank for ``A`` with few rows, from the eigenvectors of ``AAᵀ``.
 
-    Exact but for rounding: the Nyström approximation with test vectors that span the rows. ``AAᵀ`` is worked
-    out in the dtype of ``A``, and so knows eigenvalues to the same rounding as products with ``C`` do. Their
-    eigenvectors, which that leaves not quite orthogonal where eigenvalues are small, are made so.
+    Exact but for rounding where the rows are not many more than the rank: the Nyström approximation with test
+    vectors that span the rows. Else the eigenvectors are from :data:`PASSES` passes of subspace iteration,
+    which leaves the last of them mixed with those beyond the rank: Halko, Martinsson and Tropp (2011), "Finding
+    Structure with Randomness", algorithm 4.4. ``AAᵀ`` and its Rayleigh-Ritz values are in float64, so that what
+    is approximated is orthonormal, and never above ``AᵀA``, but for the rounding of the rows themselves.
     """
+    rows = root.rows
     if not len(rows):
         return Approximation(rows.new_empty(0).double(), rows.T, 0.0)
-    values, coefficients = torch.linalg.eigh((rows @ rows.T).double())
+    inner = root.inner()
+    width = rank + TEST_VECTORS
+    basis = _leading_subspace(inner.to(rows.dtype), width).double() if len(rows) > 2 * width else None
+    values, coefficients = torch.linalg.eigh(inner if basis is None else basis.T @ inner @ basis)
     values, coefficients = values.flip(0)[:rank], coefficients.flip(1)[:, :rank]
     rounding = ROUNDING * torch.finfo(rows.dtype).eps * max(values[0].item(), 0.0)
     values = values[values > rounding]
-    vectors = rows.T @ (coefficients[:, : len(values)] / values.sqrt()).to(rows.dtype)
-    factor = torch.linalg.cholesky(inner(vectors, vectors), upper=True)
-    identity = torch.eye(len(values), dtype=factor.dtype, device=factor.device)
-    orthogonal = torch.linalg.solve_triangular(factor, identity, upper=True)
-    return Approximation(values, vectors @ orthogonal.to(rows.dtype), rounding)
+    coefficients = coefficients[:, : len(values)] / values.sqrt()
+    if basis is not None:
+        coefficients = basis @ coefficients
+    return Approximation(values, rows.T @ coefficients.to(rows.dtype), rounding)
+
+
+def _leading_subspace(matrix: Float[Tensor, "m m"], width: int) -> Float[Tensor, "m w"]:
+    """About that of the ``width`` largest eigenvalues, with an orthonormal basis to rounding."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    basis = normal_columns(matrix, width, generator)
+    for _ in range(PASSES):
+        basis = torch.linalg.qr(matrix @ basis).Q
+    return basis

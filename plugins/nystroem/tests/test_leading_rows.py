@@ -45,7 +45,7 @@ def test_all_rows_give_the_inverse() -> None:
 def test_pairs_are_the_largest_of_the_rows(dtype: torch.dtype) -> None:
     curvature = operator(dtype=dtype)
     inverse = NystroemSolver(rank=12, leading_rows=40).fit(curvature, LAMBDA)
-    _, singular, right = torch.linalg.svd(curvature.leading_rows(40).double(), full_matrices=False)
+    _, singular, right = torch.linalg.svd(curvature.leading_rows(40).rows.double(), full_matrices=False)
     precision = torch.finfo(dtype).eps
     torch.testing.assert_close(inverse.values, singular[:12].square(), rtol=1e4 * precision, atol=0.0)
     overlap = (right[:12] @ inverse.vectors.double()).abs()
@@ -57,6 +57,21 @@ def test_never_above_the_curvature() -> None:
     inverse = NystroemSolver(rank=20, leading_rows=30).fit(curvature, LAMBDA)
     approximation = inverse.vectors @ torch.diag(inverse.values) @ inverse.vectors.T
     assert torch.linalg.eigvalsh(to_dense(curvature) - approximation)[0] > -1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_far_more_rows_than_the_rank(dtype: torch.dtype) -> None:
+    """By subspace iteration: the first pairs to rounding, the others from below; orthonormal, all of them."""
+    curvature = operator(dtype=dtype)
+    inverse = NystroemSolver(rank=10, leading_rows=150).fit(curvature, LAMBDA)
+    rows = curvature.leading_rows(150).rows.double()
+    exact = torch.linalg.svdvals(rows)[:10].square()
+    vectors, precision = inverse.vectors.double(), torch.finfo(dtype).eps
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(10).double(), rtol=0.0, atol=1e3 * precision)
+    torch.testing.assert_close(inverse.values[:2], exact[:2], rtol=1e-3, atol=0.0)
+    torch.testing.assert_close(inverse.values, exact, rtol=0.05, atol=0.0)
+    left = rows.T @ rows - vectors @ torch.diag(inverse.values) @ vectors.T
+    assert torch.linalg.eigvalsh(left)[0] > -1e2 * precision * exact[0]
 
 
 @pytest.mark.parametrize("block", [False, True], ids=["columns", "block"])

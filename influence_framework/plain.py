@@ -1,0 +1,165 @@
+"""Gradients of samples of models whose parameters are all those of linear layers, without autograd for each.
+
+The gradient of a sample is ``δ_l āᵀ_l`` at every layer that is applied to one vector a sample. A factor's
+product with it is ``Σ_l δ_lᵀ F_l ā_l``, and that of two samples' ``Σ_l (δ_lᵀ δ'_l)(ā_lᵀ ā'_l)``: neither needs
+a gradient, nor a graph of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from influence_framework.data import Batch
+from influence_framework.derivatives import CACHE_BYTES, gradients_of
+from influence_framework.layers import Layer, Rows, cover, layer_batch, true_gradients
+from influence_framework.parameters import ParameterSpace
+from influence_framework.problem import Problem
+
+ROUNDINGS = 16.0
+"""Rounding of a sum with random signs, in units of the precision and of the root of the sum of squares."""
+
+
+def plain_layers_of(problem: Problem, parameters: ParameterSpace) -> tuple[Layer, ...] | None:
+    """The layers, where they are linear, share nothing and have all ``parameters``; else ``None``."""
+    names = parameters.names
+    if names not in problem.plain:
+        covered = cover(problem, parameters)
+        problem.plain[names] = covered.layers if covered.plain else None
+    found: tuple[Layer, ...] | None = problem.plain[names]
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class PlainGradients:
+    """Gradients of ``n`` samples, as outer products.
+
+    Attributes:
+        parameters: What they are with respect to.
+        parts: Of every layer ``δ``, ``(n, o)``, and ``ā``, ``(n, e)``: the input, and a one where the bias
+            takes part.
+    """
+
+    parameters: ParameterSpace
+    parts: Mapping[Layer, tuple[Float[Tensor, "n o"], Float[Tensor, "n e"]]]
+
+    @classmethod
+    def of(
+        cls,
+        problem: Problem,
+        parameters: ParameterSpace,
+        batch: Batch,
+        cotangents: Rows,
+        total: Callable[[dict[str, Tensor], Float[Tensor, " n"]], Tensor],
+    ) -> PlainGradients | None:
+        """Of every sample's ``cotangents · outputs``; ``None`` where the model is not of that kind.
+
+        Their sum with random signs is held against the gradient, by autograd, of ``total``, the same sum as a
+        function of the parameters and the signs: what a model does with a weight beside its layer shows there.
+        (Without signs, what is proportional to the gradient in the outputs would not where that vanishes, as
+        it does at an optimum.) Where it shows, other batches are not tried.
+        """
+        layers = plain_layers_of(problem, parameters)
+        if layers is None:
+            return None
+        found = layer_batch(problem, layers, batch, cotangents)
+        if len(found) == len(layers) and all(part.positions == 1 for part in found.values()):
+            parts = {
+                layer: (part.output_gradients[0, 0, :, 0], part.inputs[0, :, 0])
+                for layer, part in found.items()
+            }
+            result = cls(parameters, parts)
+            if result._adds_up(problem, total):
+                return result
+        problem.plain[parameters.names] = None
+        return None
+
+    @classmethod
+    def joined(cls, several: Sequence[PlainGradients], order: Int[Tensor, " n"]) -> PlainGradients:
+        """Those of several batches in one, in this ``order``."""
+        parts = {}
+        for layer in several[0].parts:
+            deltas, inputs = zip(*(some.parts[layer] for some in several), strict=True)
+            parts[layer] = torch.cat(deltas)[order], torch.cat(inputs)[order]
+        return cls(several[0].parameters, parts)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.parts.values()))[0])
+
+    def rows(self) -> Float[Tensor, "n P"]:
+        """The gradients themselves."""
+        spans = dict(zip(self.parameters.names, self.parameters.spans, strict=True))
+        shapes = dict(zip(self.parameters.names, self.parameters.shapes, strict=True))
+        result = torch.empty(
+            len(self), self.parameters.numel, dtype=self.parameters.dtype, device=self.parameters.device
+        )
+        for layer, (deltas, inputs) in self.parts.items():
+            for name in layer.parts.values():
+                target = result[:, slice(*spans[name])].unflatten(1, shapes[name])
+                if target.ndim == 2:
+                    target.copy_(deltas)
+                else:
+                    torch.mul(deltas[:, :, None], inputs[:, None, : target.shape[2]], out=target)
+        return result
+
+    def inner(self) -> Float[Tensor, "n n"]:
+        """``∇_iᵀ ∇_j`` of all pairs, in float64."""
+        size = len(self)
+        result = torch.zeros(size, size, dtype=torch.float64, device=self.parameters.device)
+        for deltas, inputs in self.parts.values():
+            delta, given = deltas.double(), inputs.double()
+            result.addcmul_(delta @ delta.T, given @ given.T)
+        return result
+
+    def products(self, rows: Float[Tensor, "m P"]) -> Float[Tensor, "m n"]:
+        """``f_k · ∇_j`` of every row and sample."""
+        scores = rows.new_zeros(len(self), len(rows))
+        for layer, (deltas, inputs) in self.parts.items():
+            places = layer.form.places[0].to(rows.device)
+            at_once = max(1, CACHE_BYTES // (places.numel() * rows.element_size()))
+            for begun in range(0, len(rows), at_once):
+                some = slice(begun, begun + at_once)
+                matrices = rows[some, places]
+                step = max(32, CACHE_BYTES // (matrices[:, :, 0].numel() * rows.element_size()))
+                for start in range(0, len(self), step):
+                    chunk = slice(start, start + step)
+                    along = (inputs[chunk] @ matrices.flatten(0, 1).T).unflatten(1, matrices.shape[:2])
+                    scores[chunk, some] += (along @ deltas[chunk, :, None])[..., 0]
+        return scores.T
+
+    def _adds_up(
+        self, problem: Problem, total: Callable[[dict[str, Tensor], Float[Tensor, " n"]], Tensor]
+    ) -> bool:
+        leaves = self.parameters.leaves(problem.model)
+        generator = torch.Generator("cpu").manual_seed(0)
+        drawn = torch.randint(2, (len(self),), generator=generator, device="cpu")
+        signs = (2 * drawn - 1).to(self.parameters.device, self.parameters.dtype)
+        with torch.enable_grad():
+            value = total(leaves, signs)
+        gradients = dict(zip(leaves, gradients_of(value, list(leaves.values()), keep_graph=False), strict=True))
+        gradient = self.parameters.flatten(gradients)
+        squares = [deltas.square().sum(1) * inputs.square().sum(1) for deltas, inputs in self.parts.values()]
+        # Roundings have random signs too, and add up like what they are of.
+        norm = torch.stack(squares).sum().sqrt()
+        error = gradient.clone()
+        for layer, (deltas, inputs) in self.parts.items():
+            places = layer.form.places[0].to(error.device)
+            error[places] -= (signs[:, None] * deltas).T @ inputs
+        # A gradient that is not finite is told of by whoever checks the scores.
+        return not bool(torch.linalg.vector_norm(error) > ROUNDINGS * problem.precision * norm)
+
+
+def scores_by_layers(
+    factors: Sequence[Float[Tensor, "_m P"]], problem: Problem, batch: Batch
+) -> list[Float[Tensor, "_m n"]] | None:
+    """``f_k · ∇ℓ_j`` of every factor and sample; ``None`` where the model is not of that kind."""
+
+    def total(leaves: dict[str, Tensor], signs: Float[Tensor, " n"]) -> Tensor:
+        return (signs * problem.sample_losses(leaves, batch)).sum()
+
+    found = PlainGradients.of(problem, problem.parameters, batch, true_gradients(problem), total)
+    return None if found is None else [found.products(rows) for rows in factors]
