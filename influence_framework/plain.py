@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -22,6 +23,20 @@ from influence_framework.problem import Problem
 
 ROUNDINGS = 16.0
 """Rounding of a sum with random signs, in units of the precision and of the root of the sum of squares."""
+
+
+Total: TypeAlias = Callable[[dict[str, Tensor], Float[Tensor, " n"]], Tensor]
+"""What samples' gradients are of, summed with a sign for each, as a function of the parameters."""
+
+
+def signed_outputs(problem: Problem, batch: Batch, cotangents: Float[Tensor, "n ..."]) -> Total:
+    """Of ``cotangents · outputs`` of every sample."""
+
+    def total(leaves: dict[str, Tensor], signs: Float[Tensor, " n"]) -> Tensor:
+        along = problem.outputs(leaves, batch) * cotangents
+        return (signs * along.reshape(len(signs), -1).sum(1)).sum()
+
+    return total
 
 
 def plain_layers_of(problem: Problem, parameters: ParameterSpace) -> tuple[Layer, ...] | None:
@@ -54,14 +69,11 @@ class PlainGradients:
         parameters: ParameterSpace,
         batch: Batch,
         cotangents: Rows,
-        total: Callable[[dict[str, Tensor], Float[Tensor, " n"]], Tensor],
+        total: Total,
     ) -> PlainGradients | None:
         """Of every sample's ``cotangents · outputs``; ``None`` where the model is not of that kind.
 
-        Their sum with random signs is held against the gradient, by autograd, of ``total``, the same sum as a
-        function of the parameters and the signs: what a model does with a weight beside its layer shows there.
-        (Without signs, what is proportional to the gradient in the outputs would not where that vanishes, as
-        it does at an optimum.) Where it shows, other batches are not tried.
+        Where they do not add up to the gradient of ``total``, other batches are not tried.
         """
         layers = plain_layers_of(problem, parameters)
         if layers is None:
@@ -73,7 +85,7 @@ class PlainGradients:
                 for layer, part in found.items()
             }
             result = cls(parameters, parts)
-            if result._adds_up(problem, total):
+            if result.adds_up(problem, total):
                 return result
         problem.plain[parameters.names] = None
         return None
@@ -131,9 +143,12 @@ class PlainGradients:
                     scores[chunk, some] += (along @ deltas[chunk, :, None])[..., 0]
         return scores.T
 
-    def _adds_up(
-        self, problem: Problem, total: Callable[[dict[str, Tensor], Float[Tensor, " n"]], Tensor]
-    ) -> bool:
+    def adds_up(self, problem: Problem, total: Total) -> bool:
+        """Whether autograd finds their sum with random signs, as the gradient of ``total``.
+
+        What a model does with a weight beside its layer shows there. (Without signs, what is proportional to
+        the gradient in the outputs would not where that vanishes, as it does at an optimum.)
+        """
         leaves = self.parameters.leaves(problem.model)
         generator = torch.Generator("cpu").manual_seed(0)
         drawn = torch.randint(2, (len(self),), generator=generator, device="cpu")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from influence_framework import Problem, hessian_sources
+from influence_framework.plain import PlainGradients
 from influence_framework.sources.chain import ChainLinearization
 from influence_framework.sources.streaming import StreamingOperator
 from tests import nets, reference
 from tests.reference import CURVATURES, assert_close
+from tests.test_plain import Whispering, points
 
 EXACT = 1e-10
 
@@ -185,3 +188,36 @@ def test_a_faint_connection_past_a_layer_is_seen_in_single_precision() -> None:
     model, loss, data = _instance(FaintSkip)
     operator = _operator("hessian", Problem.build(model.float(), loss, [(x.float(), y) for x, y in data]))
     assert not any(_chained(operator))
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["product", "dense"])
+@pytest.mark.parametrize("source", ["hessian", "gauss_newton"])
+def test_nor_is_a_faint_use_of_a_weight_beside_its_layer_lost(source: str, dense: bool) -> None:
+    torch.manual_seed(0)
+    model, (x, y) = Whispering(1e-4).eval(), points(40, torch.float32)
+    data = [(x[:25], y[:25]), (x[25:], y[25:])]
+    operator = _operator(source, Problem.build(model, nn.CrossEntropyLoss(), data))
+    found = operator.to_dense() if dense else operator @ torch.eye(operator.shape[0])
+    double = Whispering(1e-4).double().eval()
+    double.load_state_dict(model.state_dict())
+    batches = [(x.double(), y) for x, y in data]
+    assert_close(found, CURVATURES[source](double, nn.CrossEntropyLoss(), batches), 1e-5)
+
+
+def test_a_batch_in_which_a_weight_is_used_in_other_ways_is_noticed_in_the_first_pass() -> None:
+    """Later passes over the same data ask no more."""
+    model, loss, data = _instance(CHAINS["deep"])
+    operator = _operator("hessian", Problem.build(model, loss, data, memory_budget=1))
+    columns = torch.eye(operator.shape[0], dtype=torch.float64)[:, :2]
+    asked = []
+
+    def count(*arguments: Any) -> bool:
+        asked.append(arguments)
+        return True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PlainGradients, "adds_up", count)
+        operator @ columns
+        once = len(asked)
+        operator @ columns
+    assert once == len(asked) > 1

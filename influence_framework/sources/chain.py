@@ -27,6 +27,7 @@ from influence_framework.data import Batch
 from influence_framework.derivatives import gradients_of
 from influence_framework.layers import Cover, Layer, Tape, record
 from influence_framework.parameters import ParameterSpace
+from influence_framework.plain import PlainGradients, signed_outputs
 from influence_framework.problem import Problem
 from influence_framework.sources.linearization import Curve, Linearization, Product, Workspace
 
@@ -86,11 +87,14 @@ class ChainLinearization(Linearization):
         layers: Mapping[str, Layer],
         *,
         gradient_terms: bool,
+        held: bool = False,
     ) -> ChainLinearization | None:
         """The linearisation, or ``None`` where the model is no chain of ``layers`` on this batch.
 
         Whether it is one is asked of autograd with a random cotangent: what the output of every layer
-        receives must be what the recursion of the chain gives.
+        receives must be what the recursion of the chain gives, and the gradient of the parameters what the
+        layers' are made of, unless that was ``held`` of this batch before: a weight may have a use beside its
+        layer.
         """
         tape = record(problem, layers, batch)
         if not used_once_on_vectors(tape, layers, problem.objective.size(batch)):
@@ -104,8 +108,14 @@ class ChainLinearization(Linearization):
             slopes = [
                 gradients_of(a.sum(), [shift])[0] for a, shift in zip(inputs[1:], shifts[:-1], strict=True)
             ]
-            if not _is_chain(tape, weights, slopes):
+            cotangent = _random_cotangent(tape)
+            flows = _passed_back(tape, cotangent, weights, slopes)
+            if flows is None:
                 return None
+            if not held:
+                made = _gradients_of(parameters, layers, tape, flows)
+                if not made.adds_up(problem, signed_outputs(problem, batch, cotangent)):
+                    return None
             head = _head(curve(problem, tape.outputs, shifts[-1:], batch), inputs, shifts)
             deltas: Sequence[Tensor | None] = [None] * len(shifts)
             bends: list[Tensor | None] = [None] * len(slopes)
@@ -238,11 +248,16 @@ def _head(product: Product, inputs: Sequence[Tensor], shifts: Sequence[Tensor]) 
     return lambda tangents: torch.bmm(tangents, matrices)
 
 
-def _is_chain(tape: Tape, weights: Sequence[Tensor], slopes: Sequence[Tensor]) -> bool:
-    """Whether autograd passes a random cotangent back as ``δ_l = φ_l' ∘ (W_{l+1}ᵀ δ_{l+1})``."""
+def _random_cotangent(tape: Tape) -> Tensor:
     generator = torch.Generator("cpu").manual_seed(0)
     drawn = torch.randn(tape.outputs.shape, generator=generator, dtype=torch.float64, device="cpu")
-    cotangent = drawn.to(tape.outputs.device, tape.outputs.dtype)
+    return drawn.to(tape.outputs.device, tape.outputs.dtype)
+
+
+def _passed_back(
+    tape: Tape, cotangent: Tensor, weights: Sequence[Tensor], slopes: Sequence[Tensor]
+) -> list[Tensor] | None:
+    """The layers' ``δ`` for that cotangent; ``None`` where they are not ``δ_l = φ_l' ∘ (W_{l+1}ᵀ δ_{l+1})``."""
     found = gradients_of(tape.outputs, tape.shifts, cotangent)
     precision = torch.finfo(tape.outputs.dtype).eps
     for before, after, weight, slope in zip(found[:-1], found[1:], weights[1:], slopes, strict=True):
@@ -250,5 +265,15 @@ def _is_chain(tape: Tape, weights: Sequence[Tensor], slopes: Sequence[Tensor]) -
         # What sums of one layer's outputs are rounded by: a connection past a layer may be faint.
         tolerance = min(precision**0.5, 8 * len(weight) ** 0.5 * precision)
         if not error <= tolerance * torch.linalg.vector_norm(before):
-            return False
-    return True
+            return None
+    return [delta.detach() for delta in found]
+
+
+def _gradients_of(
+    parameters: ParameterSpace, layers: Mapping[str, Layer], tape: Tape, flows: Sequence[Tensor]
+) -> PlainGradients:
+    parts = {}
+    for use, flow in zip(tape.uses, flows, strict=True):
+        form = layers[use.module].modules[use.module]
+        parts[layers[use.module]] = flow, form.inputs(use.inputs.detach())[0, :, 0]
+    return PlainGradients(parameters, parts)
