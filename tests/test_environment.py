@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.typechecked import CheckedLoader
 
 ROOT = Path(__file__).parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -69,10 +72,7 @@ def test_each_plugin_is_checked_like_core(package: str) -> None:
     name = package.removeprefix("influence_framework_")
     assert package in tools["mypy"]["packages"]
     assert f"plugins/{name}" in tools["mypy"]["mypy_path"].split(":")
-    (checked,) = [
-        option for option in tools["pytest"]["ini_options"]["addopts"] if "jaxtyping-packages" in option
-    ]
-    assert package in checked.partition("=")[2].split(",")
+    assert isinstance(importlib.import_module(package).__loader__, CheckedLoader)
 
 
 def recipe(target: str) -> str:

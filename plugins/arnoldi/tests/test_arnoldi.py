@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from influence_framework_arnoldi import ArnoldiInverse, ArnoldiSolver
@@ -225,14 +223,6 @@ def test_products_that_are_not_finite_are_refused(value: float, size: int) -> No
 def test_half_precision_is_refused() -> None:
     with pytest.raises(InvalidInputError, match=r"float32 and float64, not torch\.bfloat16"):
         ArnoldiSolver().fit(DenseOperator(torch.eye(4, dtype=torch.bfloat16)), 1.0)
-
-
-@pytest.fixture
-def as_user() -> Iterator[None]:
-    """Without the run-time checks of types, so that a wrong option meets the package's own check."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("as_user")

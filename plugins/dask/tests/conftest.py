@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import jaxtyping
 import pytest
 from distributed import Client, LocalCluster
 
@@ -23,11 +22,3 @@ def current(client: Client) -> Iterator[Client]:
     """The client as the one in use."""
     with client.as_current():
         yield client
-
-
-@pytest.fixture
-def as_user() -> Iterator[None]:
-    """Without the run-time checks of types, so that a wrong argument meets the package's own check."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, cast
 
-import jaxtyping
 import pytest
 import torch
 from influence_framework_ekfac import EkfacInverse, EkfacSolver, KfacSolver
@@ -27,14 +26,6 @@ SOLVER = {"name": "ekfac", "samples": "exact", "score_rtol": 0.0}
 def compose(instance: Instance, **options: Any) -> inf.TorchInfluenceFunctionModel:
     settings: dict[str, Any] = {"solver": SOLVER, "hessian_regularization": STRENGTH}
     return inf.compose(instance.model, instance.loss, **settings | options)
-
-
-@pytest.fixture
-def as_user() -> Any:
-    """Without the run-time checks, which draw random numbers and know types by themselves."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("as_user")

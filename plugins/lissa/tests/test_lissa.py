@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import pairwise
 
-import jaxtyping
 import pytest
 import torch
 from influence_framework_lissa import LissaSolver, register_solvers
@@ -230,14 +229,6 @@ def test_progress_bar_counts_iterations(capsys: pytest.CaptureFixture[str]) -> N
     solver = LissaSolver(progress=True, maxiter=7, rtol=0.0, warn_on_max_iteration=False)
     solver.fit(noisy(), 0.1).solve(normal(12, 4))
     assert "7/7" in capsys.readouterr().err
-
-
-@pytest.fixture
-def as_user() -> Iterator[None]:
-    """Without the run-time checks of types, so that a wrong option meets the check under test."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("as_user")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from influence_framework_nystroem import NystroemSolver
@@ -28,14 +26,6 @@ def test_products_that_are_not_finite_are_refused() -> None:
 def test_half_precision_is_refused() -> None:
     with pytest.raises(InvalidInputError, match="float32 and float64 matrices"):
         NystroemSolver(rank=2).fit(DenseOperator(torch.eye(4, dtype=torch.bfloat16)), 1.0)
-
-
-@pytest.fixture
-def as_user() -> Iterator[None]:
-    """Without the run-time checks of types, so that a wrong argument meets the package's own check."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("as_user")

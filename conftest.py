@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests of core."""
+"""What all tests share: run-time checks of types and shapes, and fixtures."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import jaxtyping
 import pytest
 import torch
 from hypothesis import settings
+
+from tests import typechecked
+
+# Before anything imports them.
+typechecked.install("influence_framework")
 
 # Timings on a shared machine vary; what is slow shows in the durations instead.
 settings.register_profile("quiet", deadline=None, derandomize=True, print_blob=True)
