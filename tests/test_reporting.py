@@ -242,7 +242,7 @@ class TestTokens:
         [
             (torch.zeros(2, 5, 3), ["text"] * 5, "pass these by train=Points"),
             (torch.zeros(5, 2, 3), WORDS, r"expected shape \(2, 5, T\), got \(5, 2, 3\)"),
-            (torch.zeros(2, 5, 2), WORDS, "have 2 tokens, but a training sequence shown has 3"),
+            (torch.zeros(2, 5, 2), WORDS, "have 2 tokens, but a sequence shown has 3"),
             (lambda test, positions: torch.zeros(1, 3), WORDS, r"test point 0: expected shape \(4, T\)"),
             (torch.full((2, 5, 3), float("nan")), WORDS, "test point 0 are not finite"),
             ("bright", WORDS, "got str"),
@@ -252,6 +252,49 @@ class TestTokens:
     def test_what_does_not_fit(self, tokens: Any, train: Any, message: str) -> None:
         with pytest.raises(inf.InvalidInputError, match=message):
             report(SCORES, train=train, token_scores=tokens)
+
+
+class TestTokensOfTestPoints:
+    WORDS: list[list[str]] = [["who ", "is ", "it"], ["what"]]  # noqa: RUF012
+    TOKENS = torch.zeros(2, 5, 3)
+    TOKENS[0, :, 0] = torch.tensor([9.0, -4.5, 0.0, 1.0, -9.0])
+    TOKENS[0, 0, 2] = -9.0
+
+    def test_they_have_levels_for_every_training_point_beside_them(self) -> None:
+        page = report(SCORES, test=self.WORDS, test_token_scores=self.TOKENS)
+        data = content(page.html)
+        found = {data["train"][e[0]]["id"]: e[3:] for side in ("up", "down") for e in data["tests"][0][side]}
+        assert found == {
+            "0": [None, "90i"],
+            "3": [None, "100"],
+            "4": [None, "i00"],
+            "1": [None, "d00"],  # -4.5 of 9, to the even level
+        }
+        assert "A test point's own tokens show what they add" in said(page.html)
+        assert "own tokens" not in said(report(SCORES, test=self.WORDS).html)
+
+    def test_both_sides_together(self) -> None:
+        page = report(
+            SCORES,
+            test=self.WORDS,
+            train=TestTokens.WORDS,
+            token_scores=TestTokens.TOKENS,
+            test_token_scores=lambda test, positions: self.TOKENS[test][positions],
+        )
+        assert content(page.html)["tests"][0]["up"][0][3:] == ["9i1", "90i"]
+
+    @pytest.mark.parametrize(
+        ("tokens", "test", "message"),
+        [
+            (torch.zeros(2, 5, 3), ["text"] * 2, "pass these by test=Points"),
+            (torch.zeros(2, 5, 2), WORDS, "test_token_scores have 2 tokens, but a sequence shown has 3"),
+            (torch.zeros(2, 4, 3), WORDS, r"test_token_scores: expected shape \(2, 5, T\)"),
+        ],
+    )
+    @pytest.mark.usefixtures("as_user")
+    def test_what_does_not_fit(self, tokens: Any, test: Any, message: str) -> None:
+        with pytest.raises(inf.InvalidInputError, match=message):
+            report(SCORES, test=test, test_token_scores=tokens)
 
 
 class TestSafety:

@@ -16,7 +16,7 @@ from py_mini_racer import MiniRacer
 from influence_framework.attribution import Stored
 from influence_framework.reporting import Page, Points, report
 from tests.pages import EMPTY, Elements
-from tests.test_reporting import HOSTILE, SCORES, TestTokens
+from tests.test_reporting import HOSTILE, SCORES, TestTokens, TestTokensOfTestPoints
 
 DOCUMENT = Path(__file__).with_name("document.js").read_text()
 
@@ -182,6 +182,31 @@ class TestKinds:
         ]
         assert found == [("a ", "token up", "9"), ("b ", "token down", "9"), ("c", "token up", "1")]
         assert inside(first, ".token")[1]["title"] == "harms, about 100 % of the largest here"
+
+    @pytest.mark.parametrize("train", [TestTokens.WORDS, torch.rand(5, 4, 4), [{"age": 1}] * 5, None])
+    def test_tokens_of_the_test_point_take_the_colour_of_the_training_point_picked(self, train: Any) -> None:
+        questions = TestTokensOfTestPoints
+        page = report(SCORES, test=questions.WORDS, train=train, test_token_scores=questions.TOKENS)
+        browser = Browser(page)
+
+        def coloured() -> list[tuple[str, str, str]]:
+            question = inside(browser.all(".case")[0], ".said")[0]
+            assert text(question) == "who is it"
+            return [
+                (text(t), t["attributes"]["class"], t["properties"]["--level"])
+                for t in inside(question, ".token")
+            ]
+
+        def pressed() -> list[str]:
+            case = browser.all(".case")[0]
+            return [pick["attributes"]["aria-pressed"] for pick in inside(case, ".pick")]
+
+        # The first is that of the most helpful point, number 0; the third that of the most harmful, number 4.
+        assert coloured() == [("who ", "token up", "9"), ("it", "token down", "9")]
+        assert pressed() == ["true", "false", "false", "false"]
+        browser.do("press('pick', 2)")
+        assert coloured() == [("who ", "token down", "9")]
+        assert pressed() == ["false", "false", "true", "false"]
 
     def test_rankings(self) -> None:
         own = torch.tensor([1.0, 5.0, 2.0, 4.0, 3.0])

@@ -80,6 +80,7 @@ def report(
     train: Any = None,
     self_influence: Any = None,
     token_scores: TokenScores | None = None,
+    test_token_scores: TokenScores | None = None,
     model: TorchInfluenceFunctionModel | None = None,
     solves: SolveReport | None = None,
     test_ids: Sequence[Any] | None = None,
@@ -104,6 +105,9 @@ def report(
             n_train, T)`` as from ``model.token_influences``, or a function of the position of a test point and
             the positions of ``k`` training points that returns ``(k, T)``, so that only those shown are
             computed. The training points have to be tokens.
+        test_token_scores: What each token of a test sequence adds to its score with a training point, likewise:
+            from ``model.token_influences(..., side="test")``. Colours the test sequence by one of the training
+            points beside it, which the reader picks. The test points have to be tokens.
         model: Tells how the scores were made, where they are not from a store, which tells that itself.
         solves: What came of the solves; ``model.report``, of its last call, where left out.
         test_ids: Identifiers of the test points, where ``scores`` is a matrix; their positions where left out.
@@ -121,6 +125,7 @@ def report(
         train=train,
         self_influence=self_influence,
         token_scores=token_scores,
+        test_token_scores=test_token_scores,
         model=model,
         solves=solves,
         test_ids=test_ids,
@@ -138,6 +143,7 @@ def contents(
     train: Any = None,
     self_influence: Any = None,
     token_scores: TokenScores | None = None,
+    test_token_scores: TokenScores | None = None,
     model: TorchInfluenceFunctionModel | None = None,
     solves: SolveReport | None = None,
     test_ids: Any = None,
@@ -170,8 +176,14 @@ def contents(
             "token_scores colour the tokens of training sequences beside single test points: pass these by "
             "train=Points(ids, decode=...), or as lists of strings."
         )
+    if test_token_scores is not None and tested.kind != "tokens":
+        raise InvalidInputError(
+            "test_token_scores colour the tokens of test sequences: pass these by "
+            "test=Points(ids, decode=...), or as lists of strings."
+        )
+    colours = token_scores, test_token_scores
     tests = [
-        _test(i, stored, tested, found.tests[i], places, trained, token_scores) for i in range(len(found.tests))
+        _test(i, stored, tested, found.tests[i], places, trained, colours) for i in range(len(found.tests))
     ]
     data = {
         "kinds": {"test": tested.kind, "train": trained.kind},
@@ -190,6 +202,7 @@ def contents(
         "lede": lede(stored),
         "tests": len(tests),
         "coloured": token_scores is not None,
+        "picked": test_token_scores is not None,
         "how_to_read": stored.how_to_read(),
         "notices": notices(found.lost, failures),
         "rankings": _numbered(rankings),
@@ -272,12 +285,18 @@ def _test(
     pair: Both,
     places: Mapping[int, int],
     trained: Shown,
-    token_scores: TokenScores | None,
+    colours: tuple[TokenScores | None, TokenScores | None],
 ) -> dict[str, Any]:
     positions = [*pair.helpful.positions, *pair.harmful.positions]
-    coloured: Sequence[str | None] = [None] * len(positions)
-    if token_scores is not None:
-        coloured = levels(token_scores, i, positions, [trained.items[places[p]] for p in positions], stored)
+    of_train, of_test = colours
+    coloured: list[list[str | None]] = [[] for _ in positions]
+    if of_train is not None:
+        sequences = [trained.items[places[p]] for p in positions]
+        coloured = [[own] for own in levels("token_scores", of_train, i, positions, sequences, stored)]
+    if of_test is not None:
+        sequences = [tested.items[i]] * len(positions)
+        found = levels("test_token_scores", of_test, i, positions, sequences, stored)
+        coloured = [[*(own or [None]), one] for own, one in zip(coloured, found, strict=True)]
     largest = max(map(abs, (*pair.helpful.scores, *pair.harmful.scores)), default=0.0)
     split = len(pair.helpful.positions)
     return {
@@ -291,14 +310,13 @@ def _test(
 
 
 def _entries(
-    side: Side, places: Mapping[int, int], largest: float, coloured: Sequence[str | None] | None = None
+    side: Side, places: Mapping[int, int], largest: float, coloured: Sequence[Sequence[str | None]] = ()
 ) -> list[list[Any]]:
     entries: list[list[Any]] = []
     for rank, (position, score) in enumerate(zip(side.positions, side.scores, strict=True)):
         width = round(100 * abs(score) / largest) if 0 < largest < math.inf else 100
         entries.append([places[position], number(score, signed=True), width])
-        if coloured and coloured[rank] is not None:
-            entries[-1].append(coloured[rank])
+        entries[-1].extend(coloured[rank] if coloured else ())
     return entries
 
 

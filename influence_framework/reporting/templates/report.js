@@ -72,40 +72,54 @@
     return [said, more];
   }
 
-  // An entry is [place among the training points, score, width of its bar, levels of its tokens].
-  function tile([place, score, width]) {
+  // The button that colours the test point's tokens by what they add to its score with this training point.
+  function button([place, , , , levels], picking) {
+    if (!picking || levels === undefined) return null;
+    const pick = make("button", "pick", "by this");
+    pick.type = "button";
+    pick.setAttribute("aria-pressed", "false");
+    pick.setAttribute("aria-label", "Colour the test point by training point " + data.train[place].id);
+    pick.addEventListener("click", () => picking.by(levels, pick));
+    if (!picking.picked) picking.by(levels, pick);
+    return pick;
+  }
+
+  // An entry is [place among the training points, score, width of its bar, levels of its tokens, levels of the test point's].
+  function tile(entry, picking) {
+    const [place, score, width] = entry;
     const point = data.train[place];
     const item = make("li", "tile" + (point.mark === undefined ? "" : " marked"));
     if (data.kinds.train === "picture") put(item, picture(point.item, described("Training point", point)));
     put(item, point.label === undefined ? null : make("span", "name", point.label), flag(point));
-    return put(item, make("span", "id", "#" + point.id), make("span", "score", score), bar(width));
+    return put(item, make("span", "id", "#" + point.id), make("span", "score", score), bar(width), button(entry, picking));
   }
 
-  function passage([place, score, width, levels]) {
+  function passage(entry, picking) {
+    const [place, score, width, levels] = entry;
     const point = data.train[place];
     const line = put(make("div", "line"), point.label === undefined ? null : make("span", "name", point.label), flag(point),
-      make("span", "id", "#" + point.id), make("span", "score", score));
+      make("span", "id", "#" + point.id), button(entry, picking), make("span", "score", score));
     return put(make("li", "text" + (point.mark === undefined ? "" : " marked")), line, bar(width), ...text(point.item, levels));
   }
 
-  function list(entries, side) {
+  function list(entries, side, picking) {
     if (!entries.length) return make("p", "quiet", "none");
-    if (data.kinds.train === "row") return table(null, [[side, entries]]);
+    if (data.kinds.train === "row") return table(null, [[side, entries]], picking);
     const texts = data.kinds.train === "text" || data.kinds.train === "tokens";
     const all = make("ol", (texts ? "texts " : "tiles ") + side);
-    return put(all, ...entries.map(texts ? passage : tile));
+    return put(all, ...entries.map((entry) => (texts ? passage : tile)(entry, picking)));
   }
 
-  function row(point, score, classes) {
+  function row(point, score, classes, pick) {
     const line = make("tr", classes), head = make("th");
     head.scope = "row";
-    put(head, make("span", "id", "#" + point.id + " "), point.label === undefined ? null : make("span", "name", point.label), " ", flag(point));
+    put(head, make("span", "id", "#" + point.id + " "), point.label === undefined ? null : make("span", "name", point.label), " ", flag(point), pick);
     put(line, head, make("td", "score", score));
     for (const cell of point.item) put(line, make("td", "", cell));
     return line;
   }
 
-  function table(test, sides) {
+  function table(test, sides, picking) {
     const all = make("table"), head = make("tr"), body = make("tbody");
     for (const name of ["", "score", ...data.columns]) {
       const cell = make("th", "", name);
@@ -120,7 +134,7 @@
         cell.colSpan = 2;
         put(body, put(line, cell));
       }
-      for (const [place, score] of entries) put(body, row(data.train[place], score, side));
+      for (const entry of entries) put(body, row(data.train[entry[0]], entry[1], side, button(entry, picking)));
     }
     const scroll = put(make("div", "scroll"), put(all, put(make("thead"), head), body));
     scroll.tabIndex = 0;
@@ -129,12 +143,12 @@
     return scroll;
   }
 
-  function side(name, title, small, entries, level) {
+  function side(name, title, small, entries, level, picking) {
     const heading = put(make(level), make("span", "arrow", name === "helpful" ? "▲" : "▼"), title, " ", make("small", "", small));
-    return put(make("div", name + "-side"), heading, list(entries, name));
+    return put(make("div", name + "-side"), heading, list(entries, name, picking));
   }
 
-  function shown(test) {
+  function shown(test, picking) {
     const told = put(make("div"), make("h3", "verdict", test.label === undefined ? "Test point " + test.id : test.label));
     if (test.label !== undefined) put(told, make("p", "quiet", "Test point " + test.id));
     put(told, test.mark === undefined ? null : put(make("p"), flag(test)));
@@ -142,6 +156,7 @@
     if (kind === "picture") put(area, picture(test.item, described("Test point", test)));
     put(area, told);
     if (kind === "text" || kind === "tokens") put(told, ...text(test.item));
+    if (kind === "tokens") picking.said = [...told.children].find((part) => part.classList.contains("said"));
     return area;
   }
 
@@ -149,18 +164,26 @@
     const together = data.kinds.train === "row" && data.together;
     const wide = data.kinds.train === "text" || data.kinds.train === "tokens";
     const all = make("article", "card case" + (data.kinds.test === "picture" ? " pictured" : "") + (wide ? " texted" : ""));
-    put(all, shown(test));
+    const picking = {
+      by(levels, pick) {
+        if (this.picked) this.picked.setAttribute("aria-pressed", "false");
+        this.picked = pick;
+        pick.setAttribute("aria-pressed", "true");
+        this.said.replaceChildren(...tokens(test.item, levels).childNodes);
+      },
+    };
+    put(all, shown(test, picking));
     if (data.kinds.test === "row" && !together) {
       const facts = make("p", "quiet said", test.item.map((cell, at) => data.test_columns[at] + " " + cell).join(" · "));
       put(all, facts);
     }
     if (data.kinds.train === "row") {
       const sides = [["helpful", test.up, "▲ Most helpful"], ["harmful", test.down, "▼ Most harmful"]];
-      return put(all, table(together ? test : null, sides));
+      return put(all, table(together ? test : null, sides, picking));
     }
     return put(all, put(make("div", "sides"),
-      side("helpful", "Most helpful", "lowered the loss", test.up, "h4"),
-      side("harmful", "Most harmful", "raised the loss", test.down, "h4")));
+      side("helpful", "Most helpful", "lowered the loss", test.up, "h4", picking),
+      side("harmful", "Most harmful", "raised the loss", test.down, "h4", picking)));
   }
 
   for (const area of document.querySelectorAll("[data-rank]")) {
