@@ -14,6 +14,7 @@ from influence_framework.data import Batch
 from influence_framework.errors import InvalidInputError
 from influence_framework.fitted import SOLVE_COPIES, Fitted, FittedBlock
 from influence_framework.gradients import mixed_norms
+from influence_framework.problem import Problem
 from influence_framework.protocols import InfluenceMode
 from influence_framework.solving import SolveLog
 
@@ -61,7 +62,9 @@ class _Side:
         return cls(own, values, own - images, rounding)
 
 
-def bounded_scores(fitted: Fitted, test: Batch, train: Batch, log: SolveLog) -> BoundedScores:
+def bounded_scores(
+    fitted: Fitted, test: Batch, train: Batch, log: SolveLog, problem: Problem | None = None
+) -> BoundedScores:
     """Adjoint-corrected scores and what is left of their errors, summed over blocks.
 
     With ``A = C + λI``, solutions ``x̂`` and residuals ``r = g − A x̂`` of both sides, exactly::
@@ -78,6 +81,8 @@ def bounded_scores(fitted: Fitted, test: Batch, train: Batch, log: SolveLog) -> 
         test: Points of one side.
         train: Points of the other; where it is the same object, it is solved for once.
         log: Where the solves are noted.
+        problem: That whose losses are differentiated for ``test``, where it is another one; the two sides are
+            other objects then.
 
     Raises:
         InvalidInputError: A block has no lower bound: its source does not claim to be positive semidefinite,
@@ -85,7 +90,7 @@ def bounded_scores(fitted: Fitted, test: Batch, train: Batch, log: SolveLog) -> 
     """
     largest = _largest(fitted)
     rows = []
-    for left in fitted.gradients(test, copies=2 * SOLVE_COPIES):
+    for left in fitted.gradients(test, 2 * SOLVE_COPIES, problem):
         sides = {name: _Side.of(block, left, largest[name], log) for name, block in fitted.blocks.items()}
         whole = train is test and len(left) == fitted.size(test)
         pieces = []
@@ -103,7 +108,9 @@ def bounded_scores(fitted: Fitted, test: Batch, train: Batch, log: SolveLog) -> 
     return BoundedScores(*map(torch.cat, zip(*rows, strict=True)))
 
 
-def bounded_perturbations(fitted: Fitted, test: Batch, train: Batch, log: SolveLog) -> BoundedScores:
+def bounded_perturbations(
+    fitted: Fitted, test: Batch, train: Batch, log: SolveLog, problem: Problem | None = None
+) -> BoundedScores:
     """Scores of mode Perturbation and bounds on their errors, summed over blocks.
 
     With the solution ``x̂ᵢ`` for a test point, its residual ``rᵢ`` and the derivative ``m`` of a training
@@ -120,6 +127,7 @@ def bounded_perturbations(fitted: Fitted, test: Batch, train: Batch, log: SolveL
         test: Points that are solved for.
         train: Points whose inputs are varied.
         log: Where the solves are noted.
+        problem: As for :func:`bounded_scores`.
 
     Raises:
         InvalidInputError: A block has no lower bound, as for :func:`bounded_scores`.
@@ -127,7 +135,7 @@ def bounded_perturbations(fitted: Fitted, test: Batch, train: Batch, log: SolveL
     largest = _largest(fitted)
     norms = mixed_norms({name: block.index for name, block in fitted.blocks.items()}, fitted.problem, train)
     pieces = []
-    for gradients in fitted.gradients(test, copies=2 * SOLVE_COPIES):
+    for gradients in fitted.gradients(test, 2 * SOLVE_COPIES, problem):
         sides = {name: _Side.of(block, gradients, largest[name], log) for name, block in fitted.blocks.items()}
         values = {name: side.values for name, side in sides.items()}
         scores = fitted.contract(values, train, InfluenceMode.Perturbation)

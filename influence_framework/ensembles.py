@@ -12,6 +12,7 @@ from torch import Tensor
 from influence_framework.data import Batch
 from influence_framework.errors import InvalidInputError
 from influence_framework.influence import TorchInfluenceFunctionModel
+from influence_framework.measurement import Measurement
 from influence_framework.protocols import InfluenceMode
 from influence_framework.regularization import Regularization
 
@@ -89,14 +90,19 @@ class EnsembleModel:
         x: Any = None,
         y: Any = None,
         mode: InfluenceMode | str = InfluenceMode.Up,
+        *,
+        measurement: Measurement | None = None,
     ) -> Tensor:
         """Mean of the members' scores, ``(n_test, n_train)``, or ``(n_test, n_train, *features)``.
+
+        With a ``measurement`` of the test points in place of their loss, as a single model takes it.
 
         Raises:
             NotFittedError: Before ``fit``.
             InvalidInputError: What does not fit, with the remedy.
         """
-        return _mean([model.influences(x_test, y_test, x, y, mode) for model in self.models.values()])
+        members = self.influences_by_member(x_test, y_test, x, y, mode, measurement=measurement)
+        return _mean(list(members.values()))
 
     def influences_by_member(
         self,
@@ -105,17 +111,25 @@ class EnsembleModel:
         x: Any = None,
         y: Any = None,
         mode: InfluenceMode | str = InfluenceMode.Up,
+        *,
+        measurement: Measurement | None = None,
     ) -> dict[str, Tensor]:
         """The scores of each member, by name; their mean is that of :meth:`influences`."""
-        return {name: model.influences(x_test, y_test, x, y, mode) for name, model in self.models.items()}
+        return {
+            name: model.influences(x_test, y_test, x, y, mode, measurement=measurement)
+            for name, model in self.models.items()
+        }
 
     def self_influences(self, x: Any, y: Any) -> Float[Tensor, " n"]:
         """Mean of the members' self-influences, ``(n,)``."""
         return _mean([model.self_influences(x, y) for model in self.models.values()])
 
-    def influence_factors(self, x: Any, y: Any) -> Float[Tensor, "n P"]:
+    def influence_factors(
+        self, x: Any, y: Any, *, measurement: Measurement | None = None
+    ) -> Float[Tensor, "n P"]:
         """The members' factors side by side, ``(n, ΣP)`` in the order of the members."""
-        return torch.cat([model.influence_factors(x, y) for model in self.models.values()], dim=1)
+        found = [model.influence_factors(x, y, measurement=measurement) for model in self.models.values()]
+        return torch.cat(found, dim=1)
 
     def influences_from_factors(
         self,

@@ -77,6 +77,7 @@ class TorchInfluenceFunctionModel(ComposedModel):
         y: Any = None,
         mode: InfluenceMode | str = InfluenceMode.Up,
         *,
+        measurement: Measurement | None = None,
         return_bounds: Literal[True],
     ) -> BoundedScores: ...
 
@@ -120,9 +121,7 @@ class TorchInfluenceFunctionModel(ComposedModel):
         """
         if not return_bounds:
             return self._total(self.influences_by_block(x_test, y_test, x, y, mode, measurement=measurement))
-        if measurement is not None:
-            raise InvalidInputError("return_bounds=True bounds scores of losses; leave the measurement out.")
-        return self._bounded(x_test, y_test, x, y, mode)
+        return self._bounded(x_test, y_test, x, y, mode, measurement)
 
     @advises_on_memory(points=True)
     def influences_by_block(
@@ -393,9 +392,17 @@ class TorchInfluenceFunctionModel(ComposedModel):
         return total
 
     @advises_on_memory(points=True)
-    def _bounded(self, x_test: Any, y_test: Any, x: Any, y: Any, mode: InfluenceMode | str) -> BoundedScores:
+    def _bounded(
+        self,
+        x_test: Any,
+        y_test: Any,
+        x: Any,
+        y: Any,
+        mode: InfluenceMode | str,
+        measurement: Measurement | None,
+    ) -> BoundedScores:
         fitted = self.fitted
-        mode, test, train = checked_pairs(fitted, x_test, y_test, x, y, mode)
+        mode, test, train = checked_pairs(fitted, x_test, y_test, x, y, mode, measurement)
         bounded = bounded_scores if mode is InfluenceMode.Up else bounded_perturbations
         with self.solving() as log:
-            return bounded(fitted, test, train, log)
+            return bounded(fitted, test, train, log, measured(fitted.problem, measurement))

@@ -112,9 +112,7 @@ def test_what_is_no_measurement_is_refused(measurement: Any, said: str) -> None:
         model.influences(*small.points(), measurement=measurement)
 
 
-def test_a_measurement_has_no_bounds_and_no_tokens() -> None:
-    with pytest.raises(inf.InvalidInputError, match="leave the measurement out"):
-        small.fitted().influences(*small.points(), measurement=lambda o, b: o[:, 0], return_bounds=True)
+def test_a_measurement_has_no_tokens() -> None:
     with pytest.raises(inf.InvalidInputError, match="side='train'"):
         small.fitted().token_influences(*small.points(), side="test", measurement=lambda o, b: o[:, 0])
 

@@ -334,3 +334,18 @@ def test_neither_is_imported_before_it_is_used() -> None:
         "sys.exit(bool({'sklearn', 'pandas'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_measurement_in_place_of_the_loss() -> None:
+    """Of ridge regression the gradient of a prediction is (x, 1), and that of the loss 2 r (x, 1)."""
+    generator = np.random.default_rng(0)
+    x, y = generator.normal(size=(20, 3)), generator.normal(size=20)
+    fitted = Ridge(2.0).fit(x, y)
+    influence = EstimatorInfluence(fitted).fit(x, y)
+    ones = np.hstack([x, np.ones((20, 1))])
+    penalty = np.diag([2.0, 2.0, 2.0, 0.0]) / 20
+    curvature = 2 * (ones.T @ ones / 20 + penalty)
+    residual = fitted.predict(x) - y
+    expected = ones[:4] @ np.linalg.solve(curvature, (2 * residual[:, None] * ones).T)
+    found = influence.influences(x[:4], y[:4], measurement=lambda outputs, batch: outputs.flatten()).to_numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-10)

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+MEASURED_UNITS = (
+    "∇m(test)ᵀ (C + λI)⁻¹ ∇ℓ(train), m the measurement, C the curvature of the mean training loss: removing a "
+    "training point from n changes what is measured at the test point by about +score/n"
+)
+"""Of scores with a measurement of the test points in place of their loss."""
+
 
 @dataclass(frozen=True)
 class Output(ABC):
@@ -297,16 +303,23 @@ class Scored:
         test_ids: ``(n_test,)``; empty where there are no test points.
         train_ids: ``(n_train,)``.
         collected: The result by name of column, one row for each score kept.
+        measurement: What tells a measurement that was taken in place of the loss from others.
     """
 
     output: Output
     test_ids: Identifiers
     train_ids: Identifiers
     collected: Collector
+    measurement: Mapping[str, Any] | None = None
 
     def __repr__(self) -> str:
         tests = f", test points: {len(self.test_ids)}" if self.output.pairs else ""
         return f"<{type(self).__name__} {self.output}{tests}, training points: {len(self.train_ids)}>"
+
+    @property
+    def units(self) -> str:
+        """Of the scores."""
+        return self.output.units if self.measurement is None else MEASURED_UNITS
 
     @property
     def array(self) -> Any:

@@ -15,6 +15,7 @@ from influence_framework.data import Batch, take
 from influence_framework.devices import to_device
 from influence_framework.fitted import Fitted, scored
 from influence_framework.layer_scores import Sides, nbytes
+from influence_framework.measurement import Measurement, measured
 from influence_framework.points import checked_points
 from influence_framework.protocols import InfluenceMode
 from influence_framework.reports import SolveReport
@@ -143,9 +144,15 @@ class Prepared(NamedTuple):
 
 @dataclass(frozen=True)
 class Preparation:
-    """Works out what scores need of test points: each is solved for once, here."""
+    """Works out what scores need of test points: each is solved for once, here.
+
+    Attributes:
+        fitted: What the fit left behind.
+        measurement: Of the test points, in place of their loss.
+    """
 
     fitted: Fitted
+    measurement: Measurement | None = None
 
     @property
     def alone(self) -> bool:
@@ -155,12 +162,13 @@ class Preparation:
     def __call__(self, block: Block) -> Prepared:
         log = SolveLog()
         scorer = self.fitted.layer_scorer()
-        batches = _checked(self.fitted, block, outputs=scorer is None)
+        problem = measured(self.fitted.problem, self.measurement)
+        batches = _checked(self.fitted, block, self.measurement, outputs=scorer is None)
         if scorer is not None:
             with scored(self.fitted.blocks.values(), len(block), log):
-                held = scorer.combined([s for b in batches for _, s in scorer.prepared(b)])
+                held = scorer.combined([s for b in batches for _, s in scorer.prepared(b, problem)])
             return Prepared(held, log.report())
-        factors = [self.fitted.assemble(self.fitted.factors(batch, log)) for batch in batches]
+        factors = [self.fitted.assemble(self.fitted.factors(batch, log, problem)) for batch in batches]
         return Prepared(torch.cat(factors), log.report())
 
     def job(self, parts: Sequence[Prepared], count: int) -> Job:
@@ -199,6 +207,8 @@ def _total(by_block: Mapping[str, Tensor]) -> Tensor:
     return stacked.sum(0, dtype=torch.promote_types(stacked.dtype, torch.float32))
 
 
-def _checked(fitted: Fitted, block: Block, *, outputs: bool = True) -> Iterator[Batch]:
+def _checked(
+    fitted: Fitted, block: Block, measurement: Measurement | None = None, *, outputs: bool = True
+) -> Iterator[Batch]:
     for x, y in block.batches:
-        yield checked_points(fitted, x, y, f"points from {block.start} on", outputs=outputs)
+        yield checked_points(fitted, x, y, f"points from {block.start} on", measurement, outputs=outputs)

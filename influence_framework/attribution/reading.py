@@ -54,7 +54,8 @@ class Stored:
         return cls(
             manifest={
                 "output": {"name": scored.output.name, **asdict(scored.output)},
-                "units": scored.output.units,
+                "units": scored.units,
+                "measurement": scored.measurement,
             },
             test_ids=scored.test_ids,
             train_ids=scored.train_ids,
@@ -119,16 +120,30 @@ class Stored:
         positions, first = np.unique(positions, return_index=True)
         return scores[first], positions
 
+    @property
+    def quantity(self) -> str:
+        """What the scores are of: the loss, or what was measured in its place, by its name where it has one."""
+        found = self.manifest.get("measurement")
+        if found is None:
+            return "loss"
+        name = str(found["name"]).rpartition(".")[2]
+        return name if name.isidentifier() else "measurement"
+
+    @property
+    def of_loss(self) -> bool:
+        """Whether nothing was measured in place of the loss."""
+        return self.manifest.get("measurement") is None
+
     def how_to_read(self) -> tuple[str, str]:
         """What the sign of a score says, and its units."""
         count = len(self.train_ids)
-        units = f"removing a point from {count} changes the loss by about +score/{count}."
+        units = f"removing a point from {count} changes the {self.quantity} by about +score/{count}."
         if normalize := self.manifest["output"].get("normalize"):
             units = f"scores are divided by a size of each point's own ({normalize})."
-        return (
-            "Positive: the point helps, for up-weighting it lowers that loss; negative: it harms.",
-            f"Units: {units}",
-        )
+        sign = "Positive: the point helps, for up-weighting it lowers that loss; negative: it harms."
+        if not self.of_loss:
+            sign = f"Positive: up-weighting the point lowers that {self.quantity}; negative: it raises it."
+        return sign, f"Units: {units}"
 
 
 def extremes(scores: Array, positions: Array, count: int) -> tuple[list[int], list[int]]:

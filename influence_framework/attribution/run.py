@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import numpy as np
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from influence_framework.attribution.blocks import Block, blocks
 from influence_framework.attribution.fingerprints import Survey
 from influence_framework.attribution.outputs import (
+    MEASURED_UNITS,
     Collector,
     Factors,
     Matrix,
@@ -34,10 +35,13 @@ from influence_framework.attribution.queries import (
     points_at_once,
 )
 from influence_framework.attribution.store import FORMAT, Store
+from influence_framework.data import random_state_kept
 from influence_framework.errors import InvalidInputError
 from influence_framework.fingerprints import fingerprint
 from influence_framework.fitted import Fitted
 from influence_framework.influence import TorchInfluenceFunctionModel
+from influence_framework.measurement import Measurement, measured
+from influence_framework.points import checked_points
 from influence_framework.protocols import Executor, Fitting, Solver
 from influence_framework.registry import Registry, default_registry
 from influence_framework.reports import SolveReport
@@ -54,6 +58,7 @@ def attribute(
     train: Iterable[Any],
     *,
     output: str | Mapping[str, Any] | Output = "matrix",
+    measurement: Measurement | None = None,
     executor: Spec | Executor = "sequential",
     store: str | os.PathLike[str] | None = None,
     progress: bool = False,
@@ -74,6 +79,8 @@ def attribute(
         output: What to keep: ``"matrix"``, ``"top_k"``, ``"mean"``, ``"self_influence"``, ``"factors"``, a
             mapping with ``name`` and options (``{"name": "top_k", "k": 20, "normalize": "l_relatif"}``), or an
             :class:`Output`.
+        measurement: ``m(outputs, batch)`` of the test points in place of their loss, as ``model.influences``
+            takes it. A store knows it by its name and by what it measures at the first test point.
         executor: Where test points are solved for and blocks are computed: ``"sequential"``, one after the
             other in this process; the name of another one that is installed (``list(inf.executors)``), a
             mapping with ``name`` and options, or an instance.
@@ -101,13 +108,20 @@ def attribute(
         raise InvalidInputError(f"The output {chosen.name!r} is of pairs: pass test points too.")
     if not chosen.pairs and test is not None:
         raise InvalidInputError(f"The output {chosen.name!r} is of training points alone: pass test=None.")
+    if not chosen.pairs and measurement is not None:
+        raise InvalidInputError(
+            f"A measurement is of test points, and the output {chosen.name!r} of training points alone: "
+            "leave it out."
+        )
     processes = worker.processes() if isinstance(worker, Fitting) else None
     processes = processes or fitted.problem.processes
     with nullcontext() if processes is None else processes.together():
         surveys = {"training points": Survey.of(train, "training points")}
         if test is not None:
             surveys["test points"] = Survey.of(test, "test points")
-        run = _Run(model, fitted, chosen, worker, surveys, Place.of(processes, surveys))
+        known = None if measurement is None or test is None else described(fitted, measurement, test)
+        place = Place.of(processes, surveys)
+        run = _Run(model, fitted, chosen, worker, surveys, place, measurement, known)
         with model.solving() as log:
             return run.into(run.place.store(store, run.manifest()), test, train, log, progress)
 
@@ -122,6 +136,9 @@ class _Run:
     executor: Executor
     surveys: Mapping[str, Survey]
     place: Place
+    measurement: Measurement | None
+    known: Mapping[str, Any] | None
+    """What tells the measurement from others."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -147,7 +164,8 @@ class _Run:
 
     def manifest(self) -> dict[str, Any]:
         """What the scores are of."""
-        return {
+        measured = {} if self.known is None else {"measurement": self.known}
+        return measured | {
             "format": FORMAT,
             "output": {"name": self.output.name, **asdict(self.output)},
             **composition(self.model),
@@ -157,7 +175,7 @@ class _Run:
             "shape": list(self.shape),
             "chunks": list(self.chunks),
             "dtype": str(self.dtype),
-            "units": self.output.units,
+            "units": self.output.units if self.known is None else MEASURED_UNITS,
         }
 
     def into(
@@ -190,7 +208,8 @@ class _Run:
                     if store is not None:
                         store.finished(rows, block.columns, collector, log)
         ids = {what: survey.ids for what, survey in self.surveys.items()}
-        scored = Scored(self.output, ids.get("test points", np.arange(0)), ids["training points"], collector)
+        tested = ids.get("test points", np.arange(0))
+        scored = Scored(self.output, tested, ids["training points"], collector, self.known)
         if store is not None:
             store.conclude(collector, scored.test_ids, scored.train_ids, log)
         return self.place.concluded(scored)
@@ -236,7 +255,7 @@ class _Run:
         return job if self.output.normalize is None else Relative(job, self.fitted, self.output.normalize)
 
     def _prepared(self, block: Block, log: SolveLog) -> Job:
-        preparation = Preparation(self.fitted)
+        preparation = Preparation(self.fitted, self.measurement)
         # What is done by all processes together is best done at once.
         pieces = getattr(self.executor, "workers", 1) if preparation.alone else 1
         done = list(self.executor.run(preparation, block.pieces(pieces)))
@@ -244,6 +263,24 @@ class _Run:
         for part in parts:
             log.absorb(part.report)
         return preparation.job(parts, len(block))
+
+
+def described(fitted: Fitted, measurement: Measurement, test: Iterable[Any]) -> dict[str, Any]:
+    """What tells a measurement from others: its name, and what it measures at the first test point.
+
+    Raises:
+        InvalidInputError: It is none, or the test point does not fit.
+    """
+    problem = measured(fitted.problem, measurement)
+    first = next(blocks(test, 1))
+    ((x, y),) = first.batches
+    point = checked_points(fitted, x, y, "test points", measurement)
+    with random_state_kept(), torch.no_grad():
+        value = problem.sample_losses({}, point).double().item()
+    while isinstance(measurement, partial):
+        measurement = measurement.func
+    name = getattr(measurement, "__qualname__", type(measurement).__qualname__)
+    return {"name": f"{measurement.__module__}.{name}", "value": value}
 
 
 def composition(model: TorchInfluenceFunctionModel) -> dict[str, Any]:

@@ -42,6 +42,7 @@ KEYS: Mapping[str, Key] = {
     "loss": IMPORT,
     "train": IMPORT,
     "test": Key((str,), "an import path 'module:attribute'"),
+    "measurement": Key((str,), "an import path 'module:attribute'"),
     "store": Key((str,), "a folder to write to", required=True),
     "output": Key((str, dict), METHOD),
     "executor": Key((str, dict), METHOD),
@@ -234,6 +235,10 @@ class _Checked:
             self.note(("test",), f"missing; the output {output.name!r} is of pairs.")
         if not output.pairs and "test" in self.values:
             self.note(("test",), f"the output {output.name!r} is of training points alone: leave test out.")
+        if not output.pairs and "measurement" in self.values:
+            self.note(
+                ("measurement",), f"is of test points; the output {output.name!r} has none: leave it out."
+            )
         if output.name in ("matrix", "factors") and importlib.util.find_spec("zarr") is None:
             self.note(("store",), "needs zarr: pip install 'influence-framework[store]'")
 

@@ -43,7 +43,7 @@ def load(config: Config) -> dict[str, Any]:
         InvalidInputError: All import paths that lead nowhere; or the first of the objects that is not what is
             needed, each with its key and line.
     """
-    names = [name for name in ("model", "loss", "train", "test") if name in config.values]
+    names = [name for name in ("model", "loss", "train", "test", "measurement") if name in config.values]
     found: dict[str, Any] = {}
     wrong = []
     for name in names:
@@ -136,6 +136,8 @@ def _check(name: str, made: Mapping[str, Any]) -> None:
         )
     if name == "loss" and (inspect.isclass(thing) or not (callable(thing) or hasattr(thing, "sample_losses"))):
         raise InvalidInputError(f"expected a loss(output, target) or an Objective, got {kind}.{arguments}")
+    if name == "measurement" and (inspect.isclass(thing) or not callable(thing)):
+        raise InvalidInputError(f"expected a function of (outputs, batch), got {kind}.")
     if name in ("train", "test"):
         if _is_factory(thing):
             raise InvalidInputError(f"expected a DataLoader, or a function that returns one.{arguments}")

@@ -20,6 +20,7 @@ from torch import distributed
 from influence_framework.attribution import (
     Scored,
     SequentialExecutor,
+    Stored,
     TorchDistributedExecutor,
     attribute,
 )
@@ -70,7 +71,7 @@ class Outcome:
             "",
             str(model.report) if len(model.report) else "Nothing was left to be solved.",
             "",
-            "A positive score: up-weighting the training point lowers the loss.",
+            f"A positive score: up-weighting the training point lowers the {Stored.of(self.scored).quantity}.",
             f"Next: {self._next()}",
         ]
         return "\n".join(lines)
@@ -163,6 +164,7 @@ def run(path: Path, *, resume: bool = False, progress: bool = True) -> Outcome |
             things.get("test"),
             things["train"],
             output=config.output,
+            measurement=things.get("measurement"),
             executor=config.executor,
             store=config.store,
             progress=progress,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -38,7 +36,7 @@ def top(path: Path, test: str | None, count: int) -> str:
     number = _number(stored.test_ids, test) if single else None
     scores, positions = stored.row(number)
     helpful, harmful = extremes(scores, positions, count)
-    what = _what(stored.manifest, None if number is None else stored.test_ids[number])
+    what = _what(stored, None if number is None else stored.test_ids[number])
     lines = [what, *stored.how_to_read(), ""]
     for title, chosen in (("Most helpful", helpful), ("Most harmful", harmful)):
         lines += [f"{title}:", *_table(chosen, scores, positions, stored.train_ids), ""]
@@ -57,12 +55,13 @@ def _number(ids: Array, test: str | None) -> int:
     return int(found[0])
 
 
-def _what(manifest: Mapping[str, Any], test: object) -> str:
+def _what(stored: Stored, test: object) -> str:
+    manifest, quantity = stored.manifest, stored.quantity
     output = manifest["output"]
     of = {
-        "mean": "the mean loss of all test points",
+        "mean": f"the mean {quantity} of all test points",
         "self_influence": "each training point's own loss",
-    }.get(output["name"], f"the loss of test point {test}")
+    }.get(output["name"], f"the {quantity} of test point {test}")
     solver, source = (manifest[key].partition("(")[0] for key in ("solver", "source"))
     return f"Influence of training points on {of} ({solver}, {source})."
 

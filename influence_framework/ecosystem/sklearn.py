@@ -16,6 +16,7 @@ from influence_framework.compose import Spec, compose, resolve
 from influence_framework.ecosystem.penalty import Penalized
 from influence_framework.errors import InvalidInputError, NotFittedError
 from influence_framework.influence import TorchInfluenceFunctionModel
+from influence_framework.measurement import Measurement
 from influence_framework.protocols import Solver
 
 if TYPE_CHECKING:
@@ -134,12 +135,19 @@ class EstimatorInfluence:
         self._model, self._train = model, (features, targets, index, self_influences)
         return self
 
-    def influences(self, X_test: Any, y_test: Any) -> pd.DataFrame:  # noqa: N803
+    def influences(
+        self,
+        X_test: Any,  # noqa: N803
+        y_test: Any,
+        *,
+        measurement: Measurement | None = None,
+    ) -> pd.DataFrame:
         """Scores of every training row for every test row.
 
         Args:
             X_test: Test rows.
             y_test: Their targets.
+            measurement: Of the test rows, in place of their loss, as the ``influences`` of a model takes it.
 
         Returns:
             A row for every test row and a column for every training row, under the indices of ``X_test`` and of
@@ -152,7 +160,7 @@ class EstimatorInfluence:
         model = self.model
         x, y, index, _ = self._train
         features, targets, test_index = self._rows(X_test, y_test, "test")
-        scores = model.influences(features, targets, x, y)
+        scores = model.influences(features, targets, x, y, measurement=measurement)
         pandas = _needed("pandas", "pandas")
         return pandas.DataFrame(scores.numpy(), index=test_index, columns=index)
 

@@ -26,9 +26,18 @@ def lede(stored: Stored) -> str:
     if stored.output == SelfInfluence.name:
         return f"The influence of {train}, each on its own loss."
     if stored.output == Mean.name:
-        return f"The influence of {train} on the mean loss of the test points."
+        return f"The influence of {train} on the mean {stored.quantity} of the test points."
     tests = len(stored.test_ids)
-    return f"The influence of {train} on the loss of {tests:,} test point{'s' if tests > 1 else ''}."
+    return (
+        f"The influence of {train} on the {stored.quantity} of {tests:,} test point{'s' if tests > 1 else ''}."
+    )
+
+
+def sides(stored: Stored) -> tuple[tuple[str, str], tuple[str, str]]:
+    """Titles of the training points with the largest and the smallest scores, and what their signs say."""
+    said = f"lowered the {stored.quantity}", f"raised the {stored.quantity}"
+    titles = ("Most helpful", "Most harmful") if stored.of_loss else ("Most positive", "Most negative")
+    return (titles[0], said[0]), (titles[1], said[1])
 
 
 def notices(lost: int, failures: tuple[str, ...]) -> list[str]:

@@ -15,7 +15,7 @@ from influence_framework.attribution.outputs import SelfInfluence
 from influence_framework.attribution.reading import Stored
 from influence_framework.errors import InvalidInputError
 from influence_framework.loading import core_version
-from influence_framework.reporting.facts import chart, facts, lede, notices, solved
+from influence_framework.reporting.facts import chart, facts, lede, notices, sides, solved
 from influence_framework.reporting.facts import solves as table_of_solves
 from influence_framework.reporting.points import Points, Shown
 from influence_framework.reporting.scores import (
@@ -187,6 +187,7 @@ def contents(
     ]
     data = {
         "kinds": {"test": tested.kind, "train": trained.kind},
+        "sides": sides(stored),
         "columns": trained.columns,
         "test_columns": tested.columns,
         "together": trained.kind == tested.kind == "row" and trained.columns == tested.columns,
@@ -238,7 +239,7 @@ def _rankings(stored: Stored, found: Extract, own: Any, ranked: int) -> list[Ran
     rankings = []
     if found.overall is not None and stored.output != SelfInfluence.name:
         text = "By the mean of their scores over all test points."
-        rankings.append(Ranking("overall", "Over all test points", text, _sides(found.overall)))
+        rankings.append(Ranking("overall", "Over all test points", text, _sides(found.overall, stored)))
     if stored.output == SelfInfluence.name and found.overall is not None:
         rankings.append(_own_ranking(found.overall))
     if own is not None:
@@ -246,11 +247,9 @@ def _rankings(stored: Stored, found: Extract, own: Any, ranked: int) -> list[Ran
     return rankings
 
 
-def _sides(pair: Both) -> tuple[RankedSide, ...]:
-    return (
-        RankedSide("helpful", "Most helpful", "lowered the loss", pair.helpful),
-        RankedSide("harmful", "Most harmful", "raised the loss", pair.harmful),
-    )
+def _sides(pair: Both, stored: Stored) -> tuple[RankedSide, ...]:
+    helpful, harmful = sides(stored)
+    return RankedSide("helpful", *helpful, pair.helpful), RankedSide("harmful", *harmful, pair.harmful)
 
 
 def _own_ranking(pair: Both) -> Ranking:

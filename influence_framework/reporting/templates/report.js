@@ -178,12 +178,12 @@
       put(all, facts);
     }
     if (data.kinds.train === "row") {
-      const sides = [["helpful", test.up, "▲ Most helpful"], ["harmful", test.down, "▼ Most harmful"]];
+      const sides = [["helpful", test.up, "▲ " + data.sides[0][0]], ["harmful", test.down, "▼ " + data.sides[1][0]]];
       return put(all, table(together ? test : null, sides, picking));
     }
     return put(all, put(make("div", "sides"),
-      side("helpful", "Most helpful", "lowered the loss", test.up, "h4", picking),
-      side("harmful", "Most harmful", "raised the loss", test.down, "h4", picking)));
+      side("helpful", ...data.sides[0], test.up, "h4", picking),
+      side("harmful", ...data.sides[1], test.down, "h4", picking)));
   }
 
   for (const area of document.querySelectorAll("[data-rank]")) {

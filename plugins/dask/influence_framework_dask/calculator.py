@@ -16,6 +16,7 @@ from distributed import Client
 from influence_framework.attribution.queries import points_at_once, solves_alone
 from influence_framework.errors import InvalidInputError
 from influence_framework.influence import TorchInfluenceFunctionModel
+from influence_framework.measurement import Measurement, measured
 from influence_framework.protocols import InfluenceMode
 from influence_framework_dask.arrays import Layers, check_factor_chunks, check_points, chunks_of, from_loader
 from influence_framework_dask.progress import computed
@@ -75,19 +76,22 @@ class DaskInfluenceCalculator:
                 "with the model's own influence_factors."
             )
 
-    def influence_factors(self, x: da.Array, y: da.Array) -> da.Array:
+    def influence_factors(
+        self, x: da.Array, y: da.Array, *, measurement: Measurement | None = None
+    ) -> da.Array:
         """``(C + λI)⁻¹ ∇ℓ(z)`` of every point, ``(n, P)``, chunked like ``x`` over samples.
 
         Args:
             x: Inputs; the first dimension counts samples.
             y: Their targets, chunked alike.
+            measurement: In place of the loss, as the model's own method takes it.
 
         Raises:
             InvalidInputError: Chunks that cannot work, with the remedy.
         """
         self._check_solvable()
         check_points(x, y, self.dtype, "x", "y")
-        solved = self._solved(solve_factors, x, y, "influence-factors", 0)
+        solved = self._solved(solve_factors, x, y, measurement, "influence-factors", 0)
         return da.Array(solved.graph, solved.name, (x.chunks[0], (self._width,)), dtype=self.dtype)
 
     def influences(
@@ -97,6 +101,8 @@ class DaskInfluenceCalculator:
         x: da.Array | None = None,
         y: da.Array | None = None,
         mode: InfluenceMode | str = InfluenceMode.Up,
+        *,
+        measurement: Measurement | None = None,
     ) -> da.Array:
         """Scores of every training point ``(x, y)`` for every test point, chunked over both.
 
@@ -106,6 +112,7 @@ class DaskInfluenceCalculator:
             x: Inputs of the training points; with ``y`` left out too, the test points stand in.
             y: Their targets, chunked alike.
             mode: A member of :class:`InfluenceMode` or its value.
+            measurement: Of the test points, in place of their loss.
 
         Returns:
             ``(n_test, n_train)`` in mode Up, ``(n_test, n_train, *features)`` in mode Perturbation.
@@ -123,9 +130,9 @@ class DaskInfluenceCalculator:
         check_points(x, y, self.dtype, "x", "y")
         sizes = x_test.chunks[0]
         if mode is InfluenceMode.Perturbation:
-            factors = self._solved(solve_factors, x_test, y_test, "influence-factors", 0)
+            factors = self._solved(solve_factors, x_test, y_test, measurement, "influence-factors", 0)
             return self._pairs(score_factors, factors, sizes, x, y, mode)
-        held = self._solved(solve, x_test, y_test, "influence-solve")
+        held = self._solved(solve, x_test, y_test, measurement, "influence-solve")
         return self._pairs(score, held, sizes, x, y, mode, points_at_once(self.influence_function_model.fitted))
 
     def influences_from_factors(
@@ -169,12 +176,21 @@ class DaskInfluenceCalculator:
         """The array's numbers, with a bar that counts its chunks; Dask's dashboard shows every task."""
         return computed(array, self.client, progress)
 
-    def _solved(self, work: Callable[..., Any], x: da.Array, y: da.Array, label: str, *inner: int) -> Layers:
+    def _solved(
+        self,
+        work: Callable[..., Any],
+        x: da.Array,
+        y: da.Array,
+        measurement: Measurement | None,
+        label: str,
+        *inner: int,
+    ) -> Layers:
         """``work`` on every chunk of points: each of them is solved for once."""
+        measured(self.influence_function_model.fitted.problem, measurement)  # refuses what is none
         points = chunks_of(x, y)
-        name = f"{label}-{tokenize(self._settings, points.name)}"
+        name = f"{label}-{tokenize(self._settings, points.name, measurement)}"
         layer = {
-            (name, i, *inner): (work, self._settings, (points.name, i), start)
+            (name, i, *inner): (work, self._settings, (points.name, i), start, measurement)
             for i, start in enumerate(_starts(x))
         }
         return Layers.on(name, layer, points)

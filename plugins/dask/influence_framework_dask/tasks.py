@@ -18,6 +18,7 @@ from influence_framework.attribution.blocks import Block
 from influence_framework.attribution.queries import Preparation, Prepared
 from influence_framework.data import Batch, map_leaves, random_state_kept
 from influence_framework.fitted import Fitted
+from influence_framework.measurement import Measurement, measured
 from influence_framework.points import check_factors, checked_points
 from influence_framework.protocols import InfluenceMode
 from influence_framework.solving import SolveLog, act_on_failures
@@ -85,21 +86,25 @@ def _block(settings: Settings, points: tuple[Chunk, Chunk], start: int) -> Block
     return Block(start, ((x, y),), np.arange(start, start + len(x)))
 
 
-def solve(settings: Settings, points: tuple[Chunk, Chunk], start: int) -> Prepared:
+def solve(
+    settings: Settings, points: tuple[Chunk, Chunk], start: int, measurement: Measurement | None = None
+) -> Prepared:
     """What scores need of test points, of which the first is number ``start``."""
     with working(settings) as fitted:
-        prepared = Preparation(fitted)(_block(settings, points, start))
+        prepared = Preparation(fitted, measurement)(_block(settings, points, start))
         act_on_failures(prepared.report, settings.on_failure)
         return prepared
 
 
-def solve_factors(settings: Settings, points: tuple[Chunk, Chunk], start: int) -> Chunk:
+def solve_factors(
+    settings: Settings, points: tuple[Chunk, Chunk], start: int, measurement: Measurement | None = None
+) -> Chunk:
     """Factors of points, of which the first is number ``start``, ``(n, P)``."""
     with working(settings) as fitted:
         log = SolveLog()
         ((x, y),) = _block(settings, points, start).batches
-        batch = checked_points(fitted, x, y, f"points from {start} on")
-        factors = fitted.assemble(fitted.factors(batch, log))
+        batch = checked_points(fitted, x, y, f"points from {start} on", measurement)
+        factors = fitted.assemble(fitted.factors(batch, log, measured(fitted.problem, measurement)))
         act_on_failures(log.report(), settings.on_failure)
         return factors.cpu().numpy()
 

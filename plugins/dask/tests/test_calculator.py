@@ -66,6 +66,21 @@ class TestAgainstTheModel:
         assert found.chunks[:2] == ((4, 4, 3), (25, 25, 10))
         self.close(solver, found, model.influences(*TEST, *TRAIN, mode))
 
+    @pytest.mark.parametrize("mode", ["up", "perturbation"])
+    def test_with_a_measurement(self, solver: str, mode: str, current: Client) -> None:
+        def first(outputs: Tensor, batch: Points) -> Tensor:
+            return outputs[:, 0]
+
+        model = fitted(solver)
+        calculator = DaskInfluenceCalculator(model)
+        found = calculator.influences(*arrays(TEST, 4), *arrays(TRAIN, 25), mode, measurement=first)
+        expected = model.influences(*TEST, *TRAIN, mode, measurement=first)
+        self.close(solver, found, expected)
+        of_loss = calculator.influences(*arrays(TEST, 4), *arrays(TRAIN, 25), mode)
+        assert of_loss.name != found.name
+        factors = calculator.influence_factors(*arrays(TEST, 4), measurement=first)
+        self.close(solver, factors, model.influence_factors(*TEST, measurement=first))
+
     def test_influences_of_test_points_on_each_other(self, solver: str, current: Client) -> None:
         model = fitted(solver)
         self.close(solver, DaskInfluenceCalculator(model).influences(*arrays(TEST, 4)), model.influences(*TEST))

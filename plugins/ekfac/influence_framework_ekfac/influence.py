@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from influence_framework.compose import Spec, resolve_source
 from influence_framework.influence import TorchInfluenceFunctionModel
 from influence_framework.layers import Samples
+from influence_framework.measurement import Measurement
 from influence_framework.objective import Loss, Objective
 from influence_framework.problem import DEFAULT_MEMORY_BUDGET
 from influence_framework.protocols import HessianSource, InfluenceMode
@@ -100,13 +101,17 @@ class EkfacInfluence(TorchInfluenceFunctionModel):
         x: Any = None,
         y: Any = None,
         mode: InfluenceMode | str = InfluenceMode.Up,
+        *,
+        measurement: Measurement | None = None,
     ) -> dict[str, Tensor]:
         """Each layer's part of :meth:`influences`, ``(n_test, n_train)`` whatever the sizes."""
-        return self.influences_by_block(x_test, y_test, x, y, mode)
+        return self.influences_by_block(x_test, y_test, x, y, mode, measurement=measurement)
 
-    def influence_factors_by_layer(self, x: Any, y: Any) -> dict[str, Tensor]:
+    def influence_factors_by_layer(
+        self, x: Any, y: Any, *, measurement: Measurement | None = None
+    ) -> dict[str, Tensor]:
         """Each layer's columns of :meth:`influence_factors`."""
-        return self.influence_factors_by_block(x, y)
+        return self.influence_factors_by_block(x, y, measurement=measurement)
 
     def influences_from_factors_by_layer(
         self,
