@@ -416,6 +416,9 @@ class Executor(Protocol):
 
     Optional attribute: ``workers``, how many units are worked on at the same time; 1 where it is left out. Test
     points are solved for in as many parts.
+
+    A job may have the attribute ``alone``. Where that is ``False``, the job takes products with a curvature
+    whose data is divided between processes, and has to be done in this one: for all units, in their order.
     """
 
     def run(self, job: Callable[[Unit], Result], units: Iterable[Unit]) -> Iterator[tuple[Unit, Result]]:

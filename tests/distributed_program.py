@@ -24,10 +24,11 @@ from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import influence_framework as inf
-from influence_framework.attribution import run
+from influence_framework.attribution import TorchDistributedExecutor, run
 from influence_framework.attribution.queries import FactorScores, LayerScores
 from influence_framework.cli.main import main as command
 from influence_framework.processes import Processes
+from influence_framework.testing import executor_report
 from tests import nets
 
 Points = tuple[Tensor, Tensor]
@@ -180,6 +181,18 @@ def reordered(data: Points) -> Points:
     return data[0][order], data[1][order]
 
 
+@dataclass(frozen=True)
+class Failing:
+    """A job that fails for the unit that comes to the second process."""
+
+    alone = True
+
+    def __call__(self, unit: int) -> int:
+        if unit == 3:
+            raise OSError("the disk is gone")
+        return unit
+
+
 def sampled(count: int) -> DataLoader[Any]:
     data = TensorDataset(TRAIN[0][:count], TRAIN[1][:count])
     return DataLoader(data, batch_size=9, sampler=DistributedSampler(data, shuffle=False))
@@ -291,6 +304,8 @@ def cases(folder: Path) -> dict[str, Callable[[], Any]]:
         "samples repeated by the sampler": lambda: composed().fit(sampled(61), executor=half),
         "a share each": lambda: composed().fit(sampled(60), executor=half).influences(*TEST).numpy(),
         "a store": lambda: stored(folder),
+        "the kit": lambda: str(executor_report(MANY)),
+        "an error in one job": lambda: list(TorchDistributedExecutor().run(Failing(), iter(range(5)))),
         "the command": lambda: commanded(folder),
         "no all-reduce": lambda: unreduced(),
         "lost": lost,

@@ -11,6 +11,7 @@ from influence_framework import hookimpl
 from influence_framework.cli import main as command
 from influence_framework.hookspecs import Register
 from influence_framework.registry import Registry
+from tests.faulty_executors import InTurn
 from tests.faulty_solvers import Approximate, Exact, NotFixed
 from tests.faulty_sources import Source
 
@@ -38,10 +39,18 @@ def register_hessian_sources(register: Register) -> None:
     register("both", Source)
 
 
+@hookimpl
+def register_executors(register: Register) -> None:
+    register("turned", InTurn)
+    register("both", InTurn)
+
+
 @pytest.fixture(autouse=True)
 def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
     plugin = SimpleNamespace(
-        register_solvers=register_solvers, register_hessian_sources=register_hessian_sources
+        register_solvers=register_solvers,
+        register_hessian_sources=register_hessian_sources,
+        register_executors=register_executors,
     )
     registry = Registry({"test": plugin}, installed=False)
     monkeypatch.setattr(command, "default_registry", registry)
@@ -54,6 +63,8 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
         (["exact"], "solver Exact("),
         (["curved"], "source Source("),
         (["hessian"], "source Hessian("),
+        (["turned"], "executor InTurn("),
+        (["both", "--kind", "executor"], "executor InTurn("),
         (["approximate", "--kind", "preconditioner"], "preconditioner Approximate("),
         (["both", "--kind", "source"], "source Source("),
         (["both", "--kind", "solver"], "solver Exact("),
@@ -82,7 +93,11 @@ def test_a_failed_check_ends_with_one_and_shows_its_numbers(capsys: pytest.Captu
     ("name", "message"),
     [
         ("exakt", "Unknown solver 'exakt'. Did you mean 'exact'?"),
-        ("both", "'both' is a solver and a curvature source: add --kind solver or --kind source."),
+        (
+            "both",
+            "'both' is a solver and a curvature source and an executor: add --kind solver or --kind source or "
+            "--kind executor.",
+        ),
         ("demanding", "'demanding' needs the option 'rank'."),
     ],
 )

@@ -113,6 +113,10 @@ FAILURES = {
         "DistributedError: Stopped because another process failed: process 1: OSError: the disk is gone",
         "OSError: the disk is gone",
     ),
+    "an error in one job": (
+        "DistributedError: Stopped because another process failed: process 1: OSError: the disk is gone",
+        "OSError: the disk is gone",
+    ),
     "another order": ("InvalidInputError: The processes read different training data",) * 2,
     "another number": ("InvalidInputError: The processes read different training data",) * 2,
     "another model": ("DistributedError: The processes hold different numbers at the model with 43 parameters",)
@@ -162,6 +166,11 @@ def test_one_process_writes_the_store_and_all_read_it(found: list[dict[str, Any]
         for what in ("first", "again"):
             np.testing.assert_array_equal(results["a store"][what], found[0]["a store"]["plain"])
         np.testing.assert_array_equal(results["a store"]["resumed"], found[0]["a store"]["table"])
+
+
+def test_the_executor_passes_every_check_in_all_of_several_processes(found: list[dict[str, Any]]) -> None:
+    for results in found:
+        assert "12 of 12 checks passed" in results["the kit"], results["the kit"]
 
 
 def test_the_command_speaks_once(found: list[dict[str, Any]]) -> None:

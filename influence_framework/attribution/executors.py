@@ -64,10 +64,15 @@ class TorchDistributedExecutor:
             yield from SequentialExecutor().run(job, units)
             return
         processes, rest = self.processes(), iter(units)
-        while dealt := list(islice(rest, processes.count)):
-            own = [job(unit) for unit in dealt[processes.rank : processes.rank + 1]]
-            place = f"blocks from {getattr(dealt[0], 'start', 0)} on, {len(dealt)} of them"
-            results = processes.gather(to_device(own, torch.device("cpu")), place)
+        while True:
+            # Where a job or the reading fails in one process, the others must not wait for it.
+            with processes.together():
+                dealt = list(islice(rest, processes.count))
+                own = [job(unit) for unit in dealt[processes.rank : processes.rank + 1]]
+                place = f"blocks from {getattr(next(iter(dealt), None), 'start', 0)} on, {len(dealt)} of them"
+                results = processes.gather(to_device(own, torch.device("cpu")), place)
+            if not dealt:
+                return
             yield from zip(dealt, (result for of_one in results for result in of_one), strict=True)
 
 

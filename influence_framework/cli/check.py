@@ -6,20 +6,28 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 from influence_framework.errors import InvalidInputError
-from influence_framework.registry import Registry
+from influence_framework.registry import KINDS, Registry
 from influence_framework.testing import (
     ConformanceReport,
+    executor_report,
     preconditioner_report,
     solver_report,
     source_report,
 )
 
-CheckKind = Literal["solver", "source", "preconditioner"]
+CheckKind = Literal["solver", "source", "preconditioner", "executor"]
 REPORTS: Mapping[CheckKind, Callable[..., ConformanceReport]] = {
     "solver": solver_report,
     "source": source_report,
     "preconditioner": preconditioner_report,
+    "executor": executor_report,
 }
+REGISTERED: Mapping[Literal["solver", "source", "executor"], str] = {
+    "solver": "a",
+    "source": "a",
+    "executor": "an",
+}
+"""The kinds that a name alone may stand for, each with its article."""
 
 
 def check(name: str, kind: CheckKind | None, registry: Registry) -> ConformanceReport:
@@ -31,7 +39,7 @@ def check(name: str, kind: CheckKind | None, registry: Registry) -> ConformanceR
         registry: Where it is looked up.
 
     Raises:
-        InvalidInputError: The name is that of a solver and of a source, and ``kind`` is left out.
+        InvalidInputError: The name is that of methods of several kinds, and ``kind`` is left out.
         UnknownMethodError: No such name.
         UnknownOptionError: The method has options without a default.
     """
@@ -39,10 +47,11 @@ def check(name: str, kind: CheckKind | None, registry: Registry) -> ConformanceR
 
 
 def _kind_of(name: str, registry: Registry) -> CheckKind:
-    if name not in registry.hessian_sources:
-        return "solver"
-    if name in registry.solvers:
-        raise InvalidInputError(
-            f"{name!r} is a solver and a curvature source: add --kind solver or --kind source."
+    known = [kind for kind in REGISTERED if name in registry.names(kind)]
+    if len(known) > 1:
+        what = " and ".join(
+            f"{article} {KINDS[kind][2]}" for kind, article in REGISTERED.items() if kind in known
         )
-    return "source"
+        options = " or ".join(f"--kind {kind}" for kind in known)
+        raise InvalidInputError(f"{name!r} is {what}: add {options}.")
+    return known[0] if known else "solver"

@@ -147,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser(
         "check",
-        help="test whether a solver, curvature source or preconditioner does what its protocol asks",
+        help="test whether a solver, curvature source, preconditioner or executor does what its protocol asks",
         description=(
             "Make every check of the conformance kit on a method with its default options, and show them as a "
             "table. Exit status: 0 where all pass, 1 where one fails, 2 where NAME is none."
@@ -156,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("name", metavar="NAME", help="as listed by: influence plugins")
     check.add_argument(
         "--kind",
-        choices=["solver", "source", "preconditioner"],
+        choices=["solver", "source", "preconditioner", "executor"],
         help="what to check it as (default: what it is registered as)",
     )
 

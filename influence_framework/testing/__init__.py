@@ -1,6 +1,6 @@
-"""The conformance kit: whether a solver, curvature source or preconditioner does what its protocol asks.
+"""The conformance kit: whether a method does what its protocol asks.
 
-One line in the tests of a plugin makes every check::
+One line in the tests of a plugin makes every check of a solver, and so for the other kinds::
 
     from influence_framework.testing import check_solver
 
@@ -17,9 +17,11 @@ spectrum, an operator that counts its products, a small net with its data.
 """
 
 from influence_framework.testing.kit import (
+    check_executor,
     check_hessian_source,
     check_preconditioner,
     check_solver,
+    executor_report,
     preconditioner_report,
     solver_report,
     source_report,
@@ -32,9 +34,11 @@ __all__ = [
     "ConformanceError",
     "ConformanceReport",
     "ProductsOnly",
+    "check_executor",
     "check_hessian_source",
     "check_preconditioner",
     "check_solver",
+    "executor_report",
     "normal",
     "preconditioner_report",
     "solver_report",

@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import product
 
-import jaxtyping
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence_framework.data import random_state
 from influence_framework.protocols import (
     InverseOperator,
     Persistent,
@@ -25,6 +22,7 @@ from influence_framework.protocols import (
     Sweepable,
 )
 from influence_framework.testing.subjects import DTYPES, Lenient, SolverSubject, devices
+from influence_framework.testing.untouched import changed_random_states
 
 
 def symmetric(subject: SolverSubject) -> Iterator[str]:
@@ -137,32 +135,6 @@ def deterministic(subject: SolverSubject) -> Iterator[str]:
 def global_random_state_untouched(subject: SolverSubject) -> Iterator[str]:
     """A fit and a solve leave the global random states of Python, NumPy and torch alone."""
     yield from changed_random_states(lambda: subject.fit(subject.definite).solve(subject.definite.columns(3)))
-
-
-def changed_random_states(action: Callable[[], object]) -> Iterator[str]:
-    """A line where ``action`` changes a global random state."""
-    with _without_runtime_type_checks():
-        before = random_state()
-        action()
-        after = random_state()
-    same = {
-        "Python": before.of_python == after.of_python,
-        "NumPy": all(np.array_equal(a, b) for a, b in zip(before.of_numpy, after.of_numpy, strict=True)),
-        "torch": torch.equal(before.of_torch, after.of_torch),
-    }
-    if not all(same.values()):
-        yield f"changed: {', '.join(name for name, kept in same.items() if not kept)}"
-
-
-@contextmanager
-def _without_runtime_type_checks() -> Iterator[None]:
-    """Checkers behind jaxtyping draw from Python's generator: they look at one element of a list at random."""
-    disabled = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", disabled)
 
 
 def another_regularization(subject: SolverSubject) -> Iterator[str]:

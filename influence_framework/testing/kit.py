@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 from influence_framework.compose import Spec, resolve
-from influence_framework.protocols import HessianSource, Solver
+from influence_framework.protocols import Executor, HessianSource, Solver
 from influence_framework.registry import Registry, default_registry
 from influence_framework.testing.composition import COMPOSITION_CHECKS
+from influence_framework.testing.executors import EXECUTOR_CHECKS, ExecutorSubject
 from influence_framework.testing.inverses import INVERSE_CHECKS
 from influence_framework.testing.preconditioners import PRECONDITIONER_CHECKS
 from influence_framework.testing.report import ConformanceReport, run
@@ -52,6 +53,16 @@ def source_report(spec: Spec | HessianSource, *, registry: Registry = default_re
     return run(f"source {source!r}", SourceSubject(source, registry), SOURCE_CHECKS)
 
 
+def executor_report(spec: Spec | Executor, *, registry: Registry = default_registry) -> ConformanceReport:
+    """All checks of an executor, with a net of 17 parameters; arguments as above.
+
+    What the executor needs has to be there, such as a cluster. Where all of several processes run the same
+    program, each makes the call.
+    """
+    executor: Executor = resolve("executor", spec, registry)
+    return run(f"executor {executor!r}", ExecutorSubject(executor, registry), EXECUTOR_CHECKS)
+
+
 def check_solver(
     spec: Spec | Solver, *, registry: Registry = default_registry, accuracy: Accuracy = "stated"
 ) -> None:
@@ -67,3 +78,8 @@ def check_preconditioner(spec: Spec | Solver, *, registry: Registry = default_re
 def check_hessian_source(spec: Spec | HessianSource, *, registry: Registry = default_registry) -> None:
     """Raise :class:`ConformanceError` unless :func:`source_report` finds nothing wrong."""
     source_report(spec, registry=registry).require()
+
+
+def check_executor(spec: Spec | Executor, *, registry: Registry = default_registry) -> None:
+    """Raise :class:`ConformanceError` unless :func:`executor_report` finds nothing wrong."""
+    executor_report(spec, registry=registry).require()

@@ -18,9 +18,9 @@ from influence_framework.problem import Problem
 from influence_framework.protocols import Dense, Diagonal, HessianSource, LinearOperator, Minibatches, Trace
 from influence_framework.registry import Kind, Registry
 from influence_framework.testing.composition import STRUCTURES, options_make_an_equal_instance
-from influence_framework.testing.inverses import changed_random_states
 from influence_framework.testing.problems import batches, network, normal, problem
 from influence_framework.testing.subjects import DTYPES, devices
+from influence_framework.testing.untouched import changed_model, changed_random_states
 
 SIZES = ((20,), (8, 8, 4), (7, 7, 6), (19, 1))
 """Ways to cut 20 samples into batches."""
@@ -155,24 +155,14 @@ def model_left_as_found(subject: SourceSubject) -> Iterator[str]:
     """A product leaves the model's parameters, gradients, buffers, modes and hooks as they were."""
     # A model of its own: the others have been multiplied with already.
     made = problem(network(normalized=True))
-    model = made.model
-    kept = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    modes = [module.training for module in model.modules()]
-    operator = subject.of(made)
-    dense_by_columns(operator)
-    if isinstance(operator, Diagonal):
-        operator.diagonal()
-    for name, tensor in model.state_dict().items():
-        if not torch.equal(tensor, kept[name]):
-            yield f"{name} was changed"
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None or not parameter.requires_grad:
-            yield f"{name} has {'a gradient' if parameter.grad is not None else 'requires_grad=False'}"
-    if [module.training for module in model.modules()] != modes:
-        yield "the mode (train or eval) of a module was changed"
-    for name, module in model.named_modules():
-        if any(value for key, value in vars(module).items() if key.endswith("_hooks")):
-            yield f"a hook was left on {name or 'the model'}"
+
+    def used() -> None:
+        operator = subject.of(made)
+        dense_by_columns(operator)
+        if isinstance(operator, Diagonal):
+            operator.diagonal()
+
+    yield from changed_model(made.model, used)
 
 
 def positive_semidefinite_is_true(subject: SourceSubject) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from influence_framework_dask.shipping import WORK, dumps, loads, recall, resolv
 
 AHEAD = 2
 """Units that are with each worker at a time: one that it works on, and one that waits."""
+
+PATIENCE = 5.0
+"""Seconds for the scheduler to take back what the workers were given."""
 
 _clients: dict[str, Client] = {}
 
@@ -105,9 +109,22 @@ class DaskExecutor:
                 fill()
                 yield unit, result
         finally:
-            client.cancel([future for future, _ in waiting.values()], force=True)
+            _cancelled(client, [future for future, _ in waiting.values()])
             recall(client, token)
             del whole
+
+
+def _cancelled(client: Client, futures: list[Future[Any]]) -> None:
+    """No worker begins with one of these any more, none of which is to be had from now on."""
+    if not futures:
+        return
+    client.cancel(futures, force=True)
+    keys, deadline = {future.key for future in futures}, time.monotonic() + PATIENCE
+    # The scheduler is told, and not waited for.
+    while client.status == "running" and time.monotonic() < deadline:
+        if keys.isdisjoint(key for given in client.processing().values() for key in given):
+            return
+        time.sleep(0.005)
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,7 @@ from influence_framework_dask import DaskExecutor, shipping
 from torch import Tensor, nn
 
 import influence_framework as inf
+from influence_framework.testing import check_executor
 
 Points = tuple[Tensor, Tensor]
 
@@ -92,6 +93,11 @@ def test_results_are_those_of_the_sequential_executor(solver: str, budget: int, 
             np.testing.assert_allclose(ours[name], column, rtol=1e-12, atol=1e-14)
         else:
             np.testing.assert_array_equal(ours[name], column)
+
+
+@pytest.mark.usefixtures("current", "as_user")
+def test_the_executor_passes_every_check_of_the_kit() -> None:
+    check_executor("dask")
 
 
 @pytest.mark.usefixtures("current")
