@@ -156,7 +156,8 @@ class ComposedModel:
         The folder holds the composition by names and options, λ, the inverse of every block, what is needed to
         tell the net and the data again, and two training samples, on which the loss is told again. It holds
         neither the net's parameters nor code. A model saved there before is replaced at once: at every moment
-        the folder holds one of the two, also if this process is killed.
+        the folder holds one of the two, also if this process is killed. Of several processes between which the
+        data of the fit was divided, all make the call and the first writes; what is loaded is of one process.
 
         Args:
             folder: Made where it does not exist; else it must be empty, or hold a saved model.
@@ -168,6 +169,7 @@ class ComposedModel:
                 or method that cannot be written down.
             MissingCapabilityError: The solver does not take part: see :class:`Persistent`.
             ModuleNotFoundError: safetensors is not installed.
+            DistributedError: The process that writes has failed.
         """
         options = {
             "solver": self.solver,
@@ -178,7 +180,10 @@ class ComposedModel:
             "on_failure": self.on_failure,
             "preflight": self._probe,
         }
-        save(self.fitted, options, folder, registry)
+        processes = self.fitted.problem.processes
+        with self.fitted.problem.together():
+            if processes is None or processes.rank == 0:
+                save(self.fitted, options, folder, registry)
 
     @advises_on_memory(points=False)
     def to(self, device: torch.device | str) -> Self:

@@ -183,6 +183,16 @@ class Fingerprint:
         )
 
 
+class LeftOut:
+    """Stands in the place of training data that was not given."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        raise InvalidInputError(
+            "The model was loaded without its training data, and this needs it: pass the data as well, "
+            "load(folder, model, loss, data)."
+        )
+
+
 def check_reiterable(data: Any) -> None:
     """Raise :class:`InvalidInputError` unless ``data`` can be iterated over again and again."""
     if isinstance(data, torch.utils.data.Dataset) and not isinstance(data, torch.utils.data.IterableDataset):

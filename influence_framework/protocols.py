@@ -418,7 +418,8 @@ class Executor(Protocol):
     points are solved for in as many parts.
 
     A job may have the attribute ``alone``. Where that is ``False``, the job takes products with a curvature
-    whose data is divided between processes, and has to be done in this one: for all units, in their order.
+    whose data is divided between processes, and has to be done in this one: for all units, in their order. It
+    may have a ``label``, a word for what it does.
     """
 
     def run(self, job: Callable[[Unit], Result], units: Iterable[Unit]) -> Iterator[tuple[Unit, Result]]:

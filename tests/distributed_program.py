@@ -229,6 +229,27 @@ def stored(folder: Path) -> Results:
     return {"plain": plain, "first": first, "again": again, "table": table, "resumed": resumed}
 
 
+SAVED = ("cg", "direct", "ekfac")
+
+
+def saved(folder: Path) -> Results:
+    """All processes save to one folder, more than once; the scores of what they save."""
+    found = {}
+    for solver in SAVED:
+        model = composed(solver).fit(batches(TRAIN, 17), executor=MANY)
+        for _ in range(3):
+            model.save(folder / "saved" / solver)
+        found[solver] = model.influences(*TEST, *TRAIN).numpy()
+    return found
+
+
+def refused_folder(folder: Path) -> None:
+    path = folder / "letters"
+    path.mkdir(exist_ok=True)
+    (path / "letter.txt").write_text("Dear all")
+    fit(batches(TRAIN, 17)).save(path)
+
+
 PROJECT = """
 from torch import nn
 from tests.distributed_program import TEST, TRAIN, batches, net
@@ -306,6 +327,8 @@ def cases(folder: Path) -> dict[str, Callable[[], Any]]:
         "a store": lambda: stored(folder),
         "the kit": lambda: str(executor_report(MANY)),
         "an error in one job": lambda: list(TorchDistributedExecutor().run(Failing(), iter(range(5)))),
+        "saved": lambda: saved(folder),
+        "a folder that is refused": lambda: refused_folder(folder),
         "the command": lambda: commanded(folder),
         "no all-reduce": lambda: unreduced(),
         "lost": lost,

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import nn
 
 import influence_framework as inf
 from influence_framework.attribution import TorchDistributedExecutor
@@ -20,9 +21,14 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Which the processes write to."""
+    return tmp_path_factory.mktemp("distributed")
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> list[dict[str, Any]]:
     """What each of two processes has found."""
-    folder = tmp_path_factory.mktemp("distributed")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     ended = subprocess.run(
         [*command, "-m", "tests.distributed_program", str(folder)],
@@ -136,6 +142,10 @@ FAILURES = {
         "InvalidInputError: ",
         "DistributedError: Stopped because another process failed: process 0: InvalidInputError: ",
     ),
+    "a folder that is refused": (
+        "InvalidInputError: ",
+        "DistributedError: Stopped because another process failed: process 0: InvalidInputError: ",
+    ),
     "samples repeated by the sampler": ("InvalidInputError: The DistributedSampler repeats",) * 2,
 }
 
@@ -171,6 +181,23 @@ def test_one_process_writes_the_store_and_all_read_it(found: list[dict[str, Any]
 def test_the_executor_passes_every_check_in_all_of_several_processes(found: list[dict[str, Any]]) -> None:
     for results in found:
         assert "12 of 12 checks passed" in results["the kit"], results["the kit"]
+
+
+@pytest.mark.parametrize("solver", program.SAVED)
+def test_what_several_processes_save_one_process_loads(
+    solver: str, found: list[dict[str, Any]], folder: Path
+) -> None:
+    for results in found:
+        assert not isinstance(results["saved"], str), results["saved"]
+    path = folder / "saved" / solver
+    assert len(list(path.iterdir())) == 3, "the manifest, the model's tensors and those of the inverse"
+    data = program.batches(program.TRAIN, 9) if solver == "cg" else None
+    again = inf.load(path, program.net(), nn.CrossEntropyLoss(), data)
+    assert again.fitted.problem.processes is None
+    expected = found[0]["saved"][solver]
+    scores = again.influences(*program.TEST, *program.TRAIN).numpy()
+    # Products with the curvature are summed in another order.
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-10 * np.abs(expected).max())
 
 
 def test_the_command_speaks_once(found: list[dict[str, Any]]) -> None:

@@ -45,6 +45,9 @@ class FactorScores:
     alone: ClassVar[bool] = True
     """Whether one of the processes that the data is divided between can do this without the others."""
 
+    label: ClassVar[str] = "scores"
+    """What is done, for those who watch it."""
+
     fitted: Fitted
     factors: Float[Tensor, "m P"]
 
@@ -63,6 +66,8 @@ class LayerScores:
     alone: ClassVar[bool] = True
     """As of :class:`FactorScores`."""
 
+    label: ClassVar[str] = "scores"
+
     fitted: Fitted
     held: Sides
     count: int
@@ -80,6 +85,8 @@ class LayerScores:
 @dataclass(frozen=True)
 class SelfScores:
     """``∇ℓ(z)ᵀ (C + λI)⁻¹ ∇ℓ(z)`` of every training point, as one row."""
+
+    label: ClassVar[str] = "self-influences"
 
     fitted: Fitted
 
@@ -100,6 +107,8 @@ class SelfScores:
 class FactorRows:
     """``(C + λI)⁻¹ ∇ℓ(z)`` of every training point, one column each."""
 
+    label: ClassVar[str] = "factors"
+
     fitted: Fitted
 
     def __call__(self, block: Block) -> Computed:
@@ -113,6 +122,8 @@ class FactorRows:
 @dataclass(frozen=True)
 class FactorNorms:
     """``‖(C + λI)⁻¹ ∇ℓ(z)‖`` of every training point, as one row."""
+
+    label: ClassVar[str] = "norms"
 
     fitted: Fitted
 
@@ -150,6 +161,8 @@ class Preparation:
         fitted: What the fit left behind.
         measurement: Of the test points, in place of their loss.
     """
+
+    label: ClassVar[str] = "solve"
 
     fitted: Fitted
     measurement: Measurement | None = None

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import cached_property, partial
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -302,6 +302,8 @@ def _quiet(solver: Solver) -> Solver:
 @dataclass(frozen=True)
 class Relative:
     """Scores divided by a size of the training point's own; zero where that is zero."""
+
+    label: ClassVar[str] = "relative-scores"
 
     job: Job
     fitted: Fitted

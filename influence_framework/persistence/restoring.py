@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from influence_framework.checks import check_model, model_state
-from influence_framework.data import Batch, Fingerprint, random_state, random_state_kept
+from influence_framework.data import Batch, Fingerprint, LeftOut, random_state, random_state_kept
 from influence_framework.errors import InvalidInputError
 from influence_framework.fitted import Fitted, FittedBlock
 from influence_framework.influence import TorchInfluenceFunctionModel
@@ -28,16 +28,6 @@ from influence_framework.problem import Problem
 from influence_framework.protocols import SavedState
 from influence_framework.registry import Registry, default_registry
 from influence_framework.regularization import BlockScale
-
-
-class LeftOut:
-    """Stands in the place of training data that was not given."""
-
-    def __iter__(self) -> Iterator[Batch]:
-        raise InvalidInputError(
-            "The model was loaded without its training data, and this needs it: pass the data as well, "
-            "load(folder, model, loss, data)."
-        )
 
 
 def load(

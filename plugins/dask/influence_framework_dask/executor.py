@@ -84,7 +84,7 @@ class DaskExecutor:
             return
         token = ship(client, whole := _Whole(job))
         ahead = AHEAD * self.workers
-        label = f"influence-{type(job).__name__}"
+        label = f"influence-{getattr(job, 'label', type(job).__name__)}"
         waiting: dict[Any, tuple[Future[Any], Unit]] = {}
         source = iter(units)
         done = as_completed(loop=client.loop)

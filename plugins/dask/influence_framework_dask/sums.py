@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
@@ -17,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from influence_framework.data import Batch, random_state_kept, split
+from influence_framework.data import Batch, LeftOut, random_state_kept, split
 from influence_framework.errors import InvalidInputError
 from influence_framework.layers import Cover, Layer, LayerBatch, Samples, cover
 from influence_framework.operators import Operator, to_dense
@@ -100,7 +101,8 @@ class DaskSource:
             InvalidInputError: No client; or data that workers cannot read.
         """
         source: HessianSource = resolve("source", self.source)
-        if problem.size < self.least:
+        # Without its data the curvature cannot be summed anywhere, and what was saved of it needs no cluster.
+        if problem.size < self.least or isinstance(problem.data, LeftOut):
             return source.operator(problem, parameters)
         client = client_at(self.address)
         example = source.operator(problem.first(2), parameters)
@@ -160,8 +162,12 @@ class Sums:
     token: str
     parts: Sequence[Future[Any]]
 
-    def total(self, work: Callable[[LinearOperator, int, int], Sequence[Tensor]]) -> Sequence[Tensor]:
+    def total(
+        self, work: Callable[[LinearOperator, int, int], Sequence[Tensor]], what: str
+    ) -> Sequence[Tensor]:
         """The sum over parts of ``work(C_p, n_p, p)``: as many tensors, of the same shapes, for every part.
+
+        Tasks are shown under the name of ``what``.
 
         Raises:
             InvalidInputError: This is a worker.
@@ -172,14 +178,14 @@ class Sums:
                 "by the model's own methods or by inf.attribute."
             )
         with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1TiB"}):
-            sent = self.client.submit(_as_it_is, dumps(work)[0], pure=False)
+            sent = _submit(self.client, f"{what}-sent", _as_it_is, dumps(work)[0])
             sums = [
-                self.client.submit(_partial, self.token, index, part, sent, pure=False)
+                _submit(self.client, what, _partial, self.token, index, part, sent)
                 for index, part in enumerate(self.parts)
             ]
             while len(sums) > 1:
                 groups = [sums[i : i + FAN_IN] for i in range(0, len(sums), FAN_IN)]
-                sums = [self.client.submit(_added, group, pure=False) for group in groups]
+                sums = [_submit(self.client, f"{what}-sum", _added, group) for group in groups]
         found: Sequence[Tensor] = sums[0].result()
         return found
 
@@ -189,6 +195,11 @@ class Sums:
 
     def __reduce__(self) -> Any:
         return Sums, (None, None, self.token, ())
+
+
+def _submit(client: Client, label: str, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    """A task that is shown under ``label``."""
+    return client.submit(work, *arguments, key=f"influence-{label}-{uuid.uuid4().hex}", pure=False)
 
 
 def _as_it_is(thing: Any) -> Any:
@@ -236,10 +247,10 @@ class SummedOperator(Operator):
         return self.parameters.device
 
     def _matmat(self, columns: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
-        return self._mean(partial(_times, columns))
+        return self._mean(partial(_times, columns), "product")
 
-    def _mean(self, work: Callable[[Any], Tensor]) -> Tensor:
-        (total,) = self.sums.total(partial(_weighted, work))
+    def _mean(self, work: Callable[[Any], Tensor], what: str) -> Tensor:
+        (total,) = self.sums.total(partial(_weighted, work), what)
         return total.to(self.device) / self.problem.size
 
 
@@ -264,19 +275,19 @@ def _trace(operator: Any) -> Tensor:
 class _WithDiagonal(SummedOperator):
     def diagonal(self) -> Float[Tensor, " P"]:
         """The sum of the parts' diagonals."""
-        return self._mean(_diagonal)
+        return self._mean(_diagonal, "diagonal")
 
 
 class _WithTrace(SummedOperator):
     def trace(self) -> float:
         """The sum of the parts' traces."""
-        return float(self._mean(_trace))
+        return float(self._mean(_trace, "trace"))
 
 
 class _WithDense(SummedOperator):
     def to_dense(self) -> Float[Tensor, "P P"]:
         """The sum of the parts' matrices."""
-        return self._mean(to_dense)
+        return self._mean(to_dense, "matrix")
 
 
 class _WithLayerStatistics(SummedOperator):
@@ -294,7 +305,7 @@ class _WithLayerStatistics(SummedOperator):
         """Sums over inputs and output gradients of ``layers``; see :class:`LayerStatistics`."""
         # Draws of the parts must not repeat each other's.
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-        found = self.sums.total(partial(_layer_sums, tuple(layers), samples, seed, collect))
+        found = self.sums.total(partial(_layer_sums, tuple(layers), samples, seed, collect), "layers")
         return [total.to(self.device) for total in found]
 
 
@@ -336,7 +347,7 @@ def _parts(client: Client, problem: Problem) -> list[Future[Any]]:
     workers = max(1, len(client.nthreads()))
     with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1TiB"}):
         return [
-            client.submit(loads, dumps(piece)[0], pure=False)
+            _submit(client, "data", loads, dumps(piece)[0])
             for piece in _pieces(problem, ceil(problem.size / workers))
         ]
 

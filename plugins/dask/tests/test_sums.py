@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import dask.array as da
 import numpy as np
 import pytest
 import torch
-from distributed import Client
+from dask.utils import key_split
+from distributed import Client, get_task_stream
 from influence_framework_dask import DaskBatches, DaskInfluenceCalculator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -161,3 +163,49 @@ def test_parts_lost_with_their_worker_are_made_again(client: Client, current: Cl
     assert_same_scores(ours, theirs)
     os.kill(next(iter(client.run(os.getpid).values())), signal.SIGKILL)
     assert_same_scores(ours, theirs)
+
+
+@pytest.mark.parametrize("solver", ["direct", "ekfac", "cg"])
+def test_what_was_fitted_on_a_cluster_is_saved_and_loaded_also_without_one(
+    solver: str, client: Client, tmp_path: Path
+) -> None:
+    options = {"direct": "direct", "ekfac": EKFAC, "cg": CG}[solver]
+    with client.as_current():
+        model = fitted(options, summed("gauss_newton"))
+        expected = model.influences(*TEST, *TRAIN)
+        model.save(tmp_path / "saved")
+        there = inf.load(tmp_path / "saved", model.model, model.loss, UNEVEN)
+        torch.testing.assert_close(there.influences(*TEST, *TRAIN), expected)
+    if solver == "cg":
+        with pytest.raises(inf.InvalidInputError, match="needs the training data again"):
+            inf.load(tmp_path / "saved", model.model, model.loss)
+        with pytest.raises(inf.InvalidInputError, match="There is no Dask client"):
+            inf.load(tmp_path / "saved", model.model, model.loss, UNEVEN)
+        return
+    alone = inf.load(tmp_path / "saved", model.model, model.loss)
+    assert torch.equal(alone.influences(*TEST, *TRAIN), expected)
+    with pytest.raises(inf.InvalidInputError, match="loaded without its training data"):
+        next(iter(alone.fitted.blocks.values())).operator @ torch.ones(51, 1, dtype=torch.float64)
+
+
+LOADER = DataLoader(TensorDataset(*TRAIN), batch_size=20)
+SUMS = ("product", "layers", "matrix")
+WORDS = {
+    *(f"influence-{what}{stage}" for what in SUMS for stage in ("-sent", "", "-sum")),
+    *("influence-data", "influence-solve", "influence-scores", "influence-relative-scores"),
+    *("influence-self-influences", "influence-factors"),
+}
+
+
+@pytest.mark.usefixtures("current")
+def test_the_dashboard_shows_tasks_by_what_they_do(current: Client) -> None:
+    with get_task_stream(current) as stream:
+        for solver in (EKFAC, CG, "direct"):
+            model = fitted(solver, summed("gauss_newton"))
+            model.influences(*TEST)
+        inf.attribute(model, None, LOADER, output="self_influence", executor="dask")
+        model = fitted("direct", "gauss_newton")
+        for output in ("matrix", "self_influence", "factors", {"name": "mean", "normalize": "l_relatif"}):
+            test = None if output in ("self_influence", "factors") else LOADER
+            inf.attribute(model, test, LOADER, output=output, executor="dask")
+    assert {key_split(task["key"]) for task in stream.data} == WORDS

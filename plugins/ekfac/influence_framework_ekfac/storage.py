@@ -38,7 +38,12 @@ class _File:
 
     def __init__(self, folder: str, tensors: Mapping[str, Tensor]) -> None:
         safetensors = safetensors_torch()
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidInputError(
+                f"The folder {folder} given as storage cannot be made ({error}): make it, or choose another."
+            ) from error
         self.path = str(Path(folder).absolute() / f"{uuid.uuid4().hex}.safetensors")
         unfinished = f"{self.path}.new"
         self.nbytes = sum(tensor.nbytes for tensor in tensors.values())

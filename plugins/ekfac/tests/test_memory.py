@@ -539,3 +539,9 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(inf.InvalidInputError, match="is a file"):
         EkfacSolver(storage=str(tmp_path / "file"))
+
+
+def test_a_folder_that_cannot_be_made_is_told_of(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(inf.InvalidInputError, match="given as storage cannot be made"):
+        compose(dense.made(CASES["ragged_last_batch"])[0], storage=str(tmp_path / "file" / "bases"))
