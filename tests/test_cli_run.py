@@ -322,6 +322,26 @@ BAD: dict[str, tuple[dict[str, str | None], str]] = {
         {"output": 'executor = "torch_distributed"'},
         "line 7: executor: is for processes that torchrun starts: torchrun",
     ),
+    "an executor without a cluster": (
+        {"output": 'executor = "dask"'},
+        "line 7: executor: There is no Dask client: make one first",
+    ),
+    "an address that is none": (
+        {"output": 'executor = {{name = "dask", address = 3}}'},
+        "line 7: executor.address: address must be a scheduler's",
+    ),
+    "processes that are neither divided nor not": (
+        {"output": 'executor = {{name = "torch_distributed", divided = "yes"}}'},
+        "line 7: executor.divided: divided must be true or false, got 'yes'.",
+    ),
+    "a threshold that is none": (
+        {"output": 'source = {{name = "dask", least = 0}}'},
+        "line 7: source.least: least must be a positive number of samples, got 0.",
+    ),
+    "a preconditioner that is none": (
+        {"name": 'name = "cg"\npreconditioner = 3'},
+        "line 12: solver.preconditioner: The preconditioner must be a solver instance",
+    ),
     "unknown blocks": ({"output": 'blocks = "per_leyer"'}, "line 7: blocks: expected 'full'"),
     "blocks of other parameters": (
         {"output": 'blocks = {{a = ["0.weight", "0.bias", "2.weight", "2.bais"]}}'},
@@ -370,6 +390,7 @@ BAD: dict[str, tuple[dict[str, str | None], str]] = {
 }
 
 
+@pytest.mark.usefixtures("as_user")
 @pytest.mark.parametrize("case", BAD)
 def test_what_is_wrong_is_refused_before_any_work(
     case: str, config: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from influence_framework.devices import to_device
+from influence_framework.errors import InvalidInputError
 from influence_framework.hookspecs import Register, hookimpl
 from influence_framework.processes import Processes
 from influence_framework.protocols import Result, Unit
@@ -44,6 +45,10 @@ class TorchDistributedExecutor:
 
     group: Any = None
     divided: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.divided, bool):
+            raise InvalidInputError(f"divided must be true or false, got {self.divided!r}.")
 
     @property
     def workers(self) -> int:

@@ -204,16 +204,19 @@ class _Checked:
 
     def _nearest(self, name: str, said: str) -> Place:
         """The value below the key that an error names, by key or by value: it may be an option of an option."""
+        words = _words(said)
         below = [place for place in self.lines if place[0] == name and len(place) > 1]
-        by_key = [place for place in below if str(place[-1]) in _words(said)]
-        by_value = [place for place in below if self._value(place) in _words(said)]
-        return max(by_key or by_value, key=len, default=(name,))
+        by_key = [(place, str(place[-1])) for place in below if str(place[-1]) in words]
+        by_value = [(place, value) for place in below if (value := self._value(place)) in words]
+        # Of several, the innermost; of several of these, what is named first.
+        found = max(by_key or by_value, key=lambda pair: (len(pair[0]), -words.index(pair[1])), default=None)
+        return found[0] if found else (name,)
 
-    def _value(self, place: Place) -> Any:
+    def _value(self, place: Place) -> str:
         value: Any = self.values
         for key in place:
             value = value[key]
-        return value if isinstance(value, str) else None
+        return value if isinstance(value, str) else ""
 
     def composition(self) -> dict[str, Any]:
         """The arguments of ``compose`` that are given."""
@@ -243,8 +246,8 @@ class _Checked:
             self.note(("store",), "needs zarr: pip install 'influence-framework[store]'")
 
 
-def _words(text: str) -> set[str]:
-    return set("".join(c if c.isalnum() or c == "_" else " " for c in text).split())
+def _words(text: str) -> list[str]:
+    return "".join(c if c.isalnum() or c == "_" else " " for c in text).split()
 
 
 def _blocks(value: str | Mapping[str, Any]) -> str | Mapping[str, Sequence[str]]:

@@ -144,6 +144,7 @@ def run(path: Path, *, resume: bool = False, progress: bool = True) -> Outcome |
     _check_store(config, resume=resume)
     with modules_beside(path), _connected(config), _warnings_on_one_line():
         leads = not _is_follower()
+        _check_workers(config)
         things = load(config)
         composition = dict(config.composition)
         if progress and leads:
@@ -195,6 +196,14 @@ def _check_store(config: Config, *, resume: bool) -> None:
         raise config.problem(
             ("store",), f"{store} holds scores already: go on with them by --resume, or choose another folder."
         )
+
+
+def _check_workers(config: Config) -> None:
+    """Raise for an executor that has nothing to work with, before anything is imported."""
+    try:
+        getattr(config.executor, "workers", 1)
+    except InvalidInputError as error:
+        raise config.problem(("executor",), error) from None
 
 
 def _check_order(config: Config, things: Mapping[str, Any]) -> None:

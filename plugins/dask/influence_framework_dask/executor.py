@@ -26,6 +26,14 @@ PATIENCE = 5.0
 _clients: dict[str, Client] = {}
 
 
+def check_address(address: object) -> None:
+    """Raise :class:`InvalidInputError` unless it is text, or left out."""
+    if address is not None and not (isinstance(address, str) and address):
+        raise InvalidInputError(
+            f"address must be a scheduler's, such as 'tcp://10.0.0.1:8786'; got {address!r}."
+        )
+
+
 def client_at(address: str | None) -> Client:
     """The client of the scheduler at ``address``; where left out, the one in use.
 
@@ -64,6 +72,9 @@ class DaskExecutor:
     """
 
     address: str | None = None
+
+    def __post_init__(self) -> None:
+        check_address(self.address)
 
     @property
     def workers(self) -> int:

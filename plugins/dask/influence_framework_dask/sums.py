@@ -35,7 +35,7 @@ from influence_framework.protocols import (
 from influence_framework.specs import resolve
 from influence_framework_dask.allocation import memory_kept
 from influence_framework_dask.arrays import check_points, chunks_of, from_loader
-from influence_framework_dask.executor import client_at
+from influence_framework_dask.executor import check_address, client_at
 from influence_framework_dask.shipping import WORK, dumps, loads, ship
 from influence_framework_dask.shipping import resolve as held_as
 from influence_framework_dask.tasks import as_tensor, points_of
@@ -93,6 +93,11 @@ class DaskSource:
     source: Any = "gauss_newton"
     address: str | None = None
     least: int = 512
+
+    def __post_init__(self) -> None:
+        check_address(self.address)
+        if not isinstance(self.least, int) or isinstance(self.least, bool) or self.least < 1:
+            raise InvalidInputError(f"least must be a positive number of samples, got {self.least!r}.")
 
     def operator(self, problem: Problem, parameters: ParameterSpace) -> LinearOperator:
         """The curvature with respect to ``parameters``.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import time
+import warnings
 from typing import Any
 
 import dask.array as da
@@ -163,6 +165,27 @@ LAYOUTS: dict[str, tuple[Any, str]] = {
     "no array": (lambda x, y: (x.compute(), y), "must be a Dask array, got ndarray"),
     "another dtype": (lambda x, y: (x.astype("float32"), y), r"x\.astype\('float64'\)"),
 }
+
+
+def test_the_layout_of_many_points_on_both_sides_is_a_small_graph_that_completes(current: Client) -> None:
+    """10 chunks of test points by 40 of training points, as of 2,000 by 200,000 in chunks of 200 by 5,000."""
+    model = fitted()
+
+    def made(count: int, size: int, seed: int) -> tuple[da.Array, da.Array]:
+        x = da.random.default_rng(seed).standard_normal((count, 1, 4), chunks=(size, 1, 4))
+        return x, (x[:, 0, 0] > 0).astype(int)
+
+    (x_test, y_test), (x, y) = made(40, 4, 1), made(4_000, 100, 2)
+    calculator = DaskInfluenceCalculator(model)
+    scores = calculator.influences(x_test, y_test, x, y)
+    assert scores.chunks == ((4,) * 10, (100,) * 40)
+    # Neither the model nor data is in it.
+    assert len(pickle.dumps(scores)) < 200 * len(scores.__dask_graph__()) + 50_000
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = scores.compute()
+    part = [torch.from_numpy(array[:10].compute()) for array in (x_test, y_test, x, y)]
+    np.testing.assert_allclose(found[:10, :10], model.influences(*part).numpy(), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.usefixtures("as_user")
