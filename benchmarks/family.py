@@ -17,7 +17,7 @@ import influence_framework as inf
 RANK = 50
 LISSA_RESIDUAL = 5e-2
 CG_RESIDUAL = 1e-5
-LEADING = 500
+LEADING = 700
 """Rows of a square root of the curvature that the second sketch for ``cg`` is made of."""
 
 
