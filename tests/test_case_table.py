@@ -20,7 +20,8 @@ FEW, MANY = 3, 6
 @pytest.mark.parametrize("net", table.NETS)
 def test_the_table_is_hard_enough(net: str, source: str) -> None:
     values = torch.linalg.eigvalsh(table.dense(net, source))
-    assert values[-1] >= 10 * table.STRENGTH if source != "empirical_fisher" else values[-1] > 0
+    assert values[-1] >= 10 * table.STRENGTH
+    assert values[-1] >= 4 * max(method.strength for method in table.METHODS.values())
     assert values[0] > -0.9 * table.STRENGTH
 
 
@@ -53,9 +54,9 @@ def test_scores_equal_the_dense_inverse(
             solver=chosen.solver(dtype),
             source=source,
             blocks=given(names),
-            hessian_regularization=table.STRENGTH,
+            hessian_regularization=chosen.strength,
         ).fit(instance.data)
-        inverse = table.inverse(net, source, listed(names), chosen.inverts)
+        inverse = table.inverse(net, source, listed(names), chosen)
         g_test, g_train = table.gradients(net, FEW, 1), table.gradients(net, MANY, 2)
         expected = {"up": reference.up_scores(inverse, g_test, g_train)}
         if test[0].is_floating_point():

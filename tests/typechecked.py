@@ -20,6 +20,9 @@ import jaxtyping
 from beartype import BeartypeConf, FrozenDict, beartype
 from beartype.roar import BeartypeCallHintViolation
 
+# Warnings are shown at the line outside of our packages and of jaxtyping that led to them.
+__name__ = "jaxtyping.typechecked"
+
 _checked = beartype(
     conf=BeartypeConf(
         # As for static checkers, an int is taken where a float is expected.
