@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -73,11 +73,16 @@ class Processes:
 
     def _exchangeable(self, device: torch.device) -> torch.device:
         """The device itself, where the group exchanges tensors on such, else one on which it does."""
-        # Such as "cpu:gloo,cuda:nccl".
-        known = [part.partition(":")[0] for part in dist.get_backend_config(self.group).split(",")]
+        known = self._device_types
         if device.type in known:
             return device
         return torch.device("cpu") if "cpu" in known else torch.device("cuda", torch.cuda.current_device())
+
+    @property
+    def _device_types(self) -> list[str]:
+        """Those on which the group exchanges tensors."""
+        # Such as "cpu:gloo,cuda:nccl".
+        return [part.partition(":")[0] for part in dist.get_backend_config(self.group).split(",")]
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -110,9 +115,9 @@ class Processes:
     def _exchange(self, failed: float, place: float, value: float, scale: float) -> Tensor:
         """The largest of what all processes pass, and the negative of the smallest."""
         state = torch.tensor([failed, place, value, scale], dtype=torch.float64, device="cpu")
-        # Maximum and minimum in one exchange.
-        both = torch.cat([state, -state]).to(self._device)
         try:
+            # Maximum and minimum in one exchange.
+            both = torch.cat([state, -state]).to(self._device)
             dist.all_reduce(both, dist.ReduceOp.MAX, group=self.group)
         except RuntimeError as error:
             raise DistributedError(
@@ -187,10 +192,28 @@ class Processes:
             return [self._sum(tensor) for tensor in own]
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise :class:`DistributedError` unless all processes have the same model."""
+        """Raise :class:`DistributedError` unless all processes have the same model.
+
+        Raises:
+            InvalidInputError: Small things would be exchanged on another GPU than this process's.
+        """
+        self._check_device({parameter.device for parameter in model.parameters()})
         tensors = [*model.parameters(), *model.buffers()]
         parts = [tensor.detach().to("cpu", torch.float64).reshape(-1) for tensor in tensors]
         self._meet(f"the model with {sum(map(len, parts))} parameters", torch.cat(parts)[None])
+
+    def _check_device(self, devices: Collection[torch.device]) -> None:
+        here = next((device for device in devices if device.type == "cuda"), None)
+        if here is None or "cpu" in self._device_types:
+            return
+        current = torch.cuda.current_device()
+        if here.index != current:
+            # Of two processes on one GPU, NCCL makes neither an error nor an end in every version.
+            raise InvalidInputError(
+                f"The model is on {here}, and what the processes tell each other would go through the current "
+                f"device, cuda:{current}: call torch.cuda.set_device({here.index}) in this process before "
+                'init_process_group, or init_process_group("cpu:gloo,cuda:nccl").'
+            )
 
     def _sum(self, tensor: Tensor) -> Tensor:
         # A copy where the tensor is not contiguous, or elsewhere.

@@ -251,13 +251,22 @@ def _connected(config: Config) -> Iterator[None]:
             str(config.path)
         )
         raise config.problem(("executor",), f"is for processes that torchrun starts: {again}")
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    distributed.init_process_group()
+    distributed.init_process_group(_backend())
     try:
         yield
     finally:
         distributed.destroy_process_group()
+
+
+def _backend() -> str:
+    """What the processes exchange by; each is given a GPU of its own where there are enough of them."""
+    here = int(os.environ.get("LOCAL_RANK", "0"))
+    # NCCL has no two processes on one GPU.
+    if torch.cuda.device_count() < max(here + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))):
+        return "gloo"
+    torch.cuda.set_device(here)
+    # With gloo for what is small, a process that waits in vain is told so, and not ended by NCCL.
+    return "cpu:gloo,cuda:nccl"
 
 
 @contextmanager
