@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import zlib
 from collections.abc import Iterator
@@ -10,14 +11,17 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from influence_framework.data import leaves
 from influence_framework.operators import Operator, dense_by_columns
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
 from influence_framework.protocols import HessianSource, LinearOperator
 from influence_framework.sources import GaussNewton, Hessian
 from influence_framework.testing import ProductsOnly
+
+PARTS: dict[Any, Tensor] = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,9 +54,23 @@ class Curvature(Operator):
         """The matrix of each batch's mean loss, and the number of its samples."""
         found = []
         for batch, size in self.problem.batches():
-            part = Problem.build(self.problem.model, self.problem.objective, [batch])
-            found.append((dense_by_columns(self.source.operator(part, self.parameters)), size))
+            found.append((self.part(batch).clone(), size))
         return found
+
+    def part(self, batch: Any) -> Tensor:
+        """Of one batch, formed once for all faults: nothing but the numbers of model and batch goes into it."""
+        model, objective = self.problem.model, self.problem.objective
+        tensors = [*model.state_dict().values(), *leaves(batch)]
+        modes = [module.training for module in model.modules()]
+        numbers = pickle.dumps([(str(t.dtype), t.tolist()) for t in tensors])
+        loss = objective.loss
+        means = (type(loss), loss.reduction) if isinstance(loss, nn.modules.loss._Loss) else (loss,)
+        names = tuple(self.parameters.names)
+        key = (self.source, repr(model), *means, objective.reduction, names, str(self.device), *modes, numbers)
+        if key not in PARTS:
+            problem = Problem.build(model, objective, [batch])
+            PARTS[key] = dense_by_columns(self.source.operator(problem, self.parameters))
+        return PARTS[key]
 
     def matrix(self) -> Tensor:
         total = torch.zeros(self.shape, dtype=self.dtype)
