@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import accumulate
-from math import ceil
+from math import ceil, inf, prod
 from typing import Any
 
 import dask.array as da
@@ -91,6 +91,7 @@ class DaskInfluenceCalculator:
         """
         self._check_solvable()
         check_points(x, y, self.dtype, "x", "y")
+        self._check_room((max(x.chunks[0]), self._width), "x and y")
         solved = self._solved(solve_factors, x, y, measurement, "influence-factors", 0)
         return da.Array(solved.graph, solved.name, (x.chunks[0], (self._width,)), dtype=self.dtype)
 
@@ -213,6 +214,7 @@ class DaskInfluenceCalculator:
         features = x.shape[1:] if mode is InfluenceMode.Perturbation else ()
         zeros = (0,) * len(features)
         factors = work is score_factors
+        self._check_room((max(sizes), max(x.chunks[0]), *features), "test points, or x and y,")
         groups = self._groups(sizes, x, room)
         counts = tuple(sum(sizes[i] for i in group) for group in groups)
         name = f"influence-scores-{tokenize(self._settings, test.name, points.name, mode, counts)}"
@@ -231,6 +233,18 @@ class DaskInfluenceCalculator:
         chunks = (counts, x.chunks[0], *((size,) for size in features))
         scores = da.Array(Layers.on(name, layer, test, points).graph, name, chunks, dtype=self.dtype)
         return scores if counts == sizes else scores.rechunk({0: sizes}, method="tasks")
+
+    def _check_room(self, shape: tuple[int, ...], what: str) -> None:
+        """Raise :class:`InvalidInputError` for a chunk of a result that no worker has memory for."""
+        workers = {} if self.client is None else self.client.scheduler_info()["workers"]
+        limits = [worker["memory_limit"] or inf for worker in workers.values()]
+        needed = prod(shape) * self.dtype.itemsize
+        if needed > max(limits, default=inf):
+            raise InvalidInputError(
+                f"A chunk of the result would be {' x '.join(map(str, shape))} of {self.dtype}, "
+                f"{needed / 1e9:.3g} GB, and no worker has more than {max(limits) / 1e9:.3g} GB of memory: cut "
+                f"the {what} into smaller chunks over samples."
+            )
 
     def _groups(self, sizes: tuple[int, ...], x: da.Array, room: int) -> list[list[int]]:
         """Consecutive chunks of at most ``room`` test points together, or one alone; enough for all workers."""

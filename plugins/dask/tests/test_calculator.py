@@ -202,6 +202,27 @@ def test_chunks_that_cannot_work_are_refused_at_once(case: str) -> None:
         calculator.influences_from_factors(da.zeros((3, 51)), x, y)
 
 
+def test_chunks_of_a_result_that_no_worker_has_memory_for_are_refused_at_once(current: Client) -> None:
+    calculator = DaskInfluenceCalculator(fitted())
+
+    def points(count: int, size: int) -> tuple[da.Array, da.Array]:
+        return da.zeros((count, 1, 4), chunks=(size, 1, 4)), da.zeros(count, dtype=int, chunks=size)
+
+    most = max(worker["memory_limit"] for worker in current.scheduler_info()["workers"].values())
+    # As many samples as make a square, of four features, of twice that memory; their inputs need hardly any.
+    side = int((2 * most / (8 * 4)) ** 0.5)
+    large, small = points(2 * side, side), points(2 * side, side // 2)
+    with pytest.raises(
+        inf.InvalidInputError, match=rf"would be {side} x {side} x 1 x 4 of float64.* of memory"
+    ):
+        calculator.influences(*large, *large, "perturbation")
+    calculator.influences(*small, *large, "perturbation")
+    calculator.influences(*large, *large)
+    many = most // (8 * 51) + 1
+    with pytest.raises(inf.InvalidInputError, match=rf"would be {many} x 51 of float64"):
+        calculator.influence_factors(*points(many, many))
+
+
 def test_other_arguments_that_cannot_work() -> None:
     calculator = DaskInfluenceCalculator(fitted())
     test, train = arrays(TEST, 4), arrays(TRAIN, 25)
