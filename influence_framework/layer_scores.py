@@ -173,12 +173,19 @@ class LayerScorer:
         for samples, sides in self.prepared(batch, problem, weigh=weigh):
             size = nbytes(sides)
             if found and held + size > self.problem.memory_budget // 2:
-                yield self.combined(found), count
-                found, held, count = [], 0, 0
+                yield self._taken(found), count
+                held = count = 0
             found.append(sides)
+            del sides
             held += size
             count += samples
-        yield self.combined(found), count
+        yield self._taken(found), count
+
+    def _taken(self, found: list[Sides]) -> Sides:
+        """What scores need of several pieces together, which are not held beside it while it is used."""
+        joined = self.combined(found)
+        found.clear()
+        return joined
 
 
 def nbytes(sides: Sides) -> int:

@@ -21,6 +21,7 @@ from influence_framework_ekfac.storage import Stored
 from torch import Tensor, nn
 
 import influence_framework as inf
+from influence_framework.layer_scores import LayerScorer
 from influence_framework.layers import Layer
 from influence_framework.layers.forms import FORMS
 from influence_framework.testing import check_solver
@@ -270,6 +271,31 @@ def test_large_factors_are_never_held_twice(monkeypatch: pytest.MonkeyPatch) -> 
         assert torch.equal(torch.cat(joined.factors), torch.cat(parts))
         if limit == 1:
             assert all(mine is theirs for mine, theirs in zip(joined.factors, parts, strict=True))
+
+
+def test_pieces_are_gone_while_what_was_joined_of_them_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces: list[weakref.ref[Any]] = []
+    seen = []
+    combined, fill = LayerScorer.combined, LayerScorer._fill
+
+    def noting(self: LayerScorer, found: Any) -> Any:
+        assert len(found) > 1
+        pieces.extend(weakref.ref(side) for sides in found for side in parts_of(sides))
+        return combined(self, found)
+
+    def looking(self: LayerScorer, *arguments: Any) -> None:
+        seen.append(sum(piece() is not None for piece in pieces))
+        fill(self, *arguments)
+
+    model = language_model()
+    expected = model.influences(language.points("gpt2", "test"), x=language.points("gpt2", "train"))
+    monkeypatch.setattr("influence_framework.layer_scores.samples_at_once", lambda *_, **__: 1)
+    monkeypatch.setattr(LayerScorer, "combined", noting)
+    monkeypatch.setattr(LayerScorer, "_fill", looking)
+    found = model.influences(language.points("gpt2", "test"), x=language.points("gpt2", "train"))
+    assert pieces
+    assert seen == [0]
+    assert_close(found, expected, 1e-10)
 
 
 def test_sides_of_all_forms_are_joined_and_scored_alike() -> None:
