@@ -174,7 +174,7 @@ def describe_failures(
     """One line on the right-hand sides that failed, or ``None`` where there is nothing to say."""
     failed = [
         index
-        for index, (good, reason) in enumerate(zip(solution.converged, solution.reason, strict=True))
+        for index, (good, reason) in enumerate(zip(solution.converged.tolist(), solution.reason, strict=True))
         if not good and reason not in quiet
     ]
     if not failed:

@@ -149,6 +149,15 @@ def test_the_loaders_are_passed_once_to_survey_them_and_the_training_data_once_a
     assert len(fitted.report) == len(TEST[0])
 
 
+@pytest.mark.parametrize("normalize", ["l_relatif", "theta_relatif"])
+def test_what_normalised_scores_are_divided_by_is_worked_out_once_for_all_groups(normalize: str) -> None:
+    test, train = Passes(batches(TEST, 4)), Passes(batches(TRAIN, 17))
+    fitted = fitted_once("direct", TIGHT)
+    attribute(fitted, test, train, output={"name": "mean", "normalize": normalize})
+    assert (test.passes, train.passes) == (2, 1 + 3 + 1)
+    assert len(fitted.report) == len(TEST[0]) + len(TRAIN[0])
+
+
 def test_a_group_of_test_points_at_a_time_is_what_the_budget_holds() -> None:
     fitted = model("direct", TIGHT)
     attribute(fitted, batches(TEST, 4), batches(TRAIN, 17), output="mean")

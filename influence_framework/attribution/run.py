@@ -7,10 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import cached_property, partial
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from tqdm import tqdm
 
 from influence_framework.attribution.blocks import Block, blocks
@@ -26,7 +28,6 @@ from influence_framework.attribution.outputs import (
 )
 from influence_framework.attribution.places import Forgetting, Place
 from influence_framework.attribution.queries import (
-    Computed,
     FactorNorms,
     FactorRows,
     Job,
@@ -44,7 +45,6 @@ from influence_framework.measurement import Measurement, measured
 from influence_framework.points import checked_points
 from influence_framework.protocols import Executor, Fitting, Solver
 from influence_framework.registry import Registry, default_registry
-from influence_framework.reports import SolveReport
 from influence_framework.solving import SolveLog
 from influence_framework.specs import Spec, resolve
 
@@ -67,9 +67,10 @@ def attribute(
     """Scores in mode Up of every training point with every test point, from loaders, in bounded memory.
 
     Test points are solved for once, as many at a time as half of the model's ``memory_budget`` holds; for
-    each such group there is one pass over ``train``. Beside the budget, the memory taken is that of the
-    result, or none with a store and the output ``"matrix"``. Before that, both loaders are read once without
-    the model, for identifiers and fingerprints.
+    each such group there is one pass over ``train``, and one more for all of them where scores are normalised.
+    Beside the budget, the memory taken is that of the result, or none with a store and the output
+    ``"matrix"``, and some 60 bytes for each point that is solved for, with which the report is written.
+    Before that, both loaders are read once without the model, for identifiers and fingerprints.
 
     Args:
         model: Fitted.
@@ -194,15 +195,22 @@ class _Run:
         total = self.shape[0] * self.shape[1]
         quiet = not (progress and self.place.leads)
         with tqdm(total=total, desc="Scores", unit="score", unit_scale=True, disable=quiet) as bar:
+            sizes: Tensor | None = None
             for rows, points in self._groups(test):
                 count = rows.stop - rows.start
                 wanted = [c for c in range(0, self.shape[1], self.chunks[1]) if (rows.start, c) not in done]
                 bar.update(count * (self.shape[1] - self._width(wanted)))
                 if not wanted:
                     continue
+                if sizes is None and self.output.normalize is not None:
+                    sizes = self._sizes(train, log)
                 job = self._job(points, log)
                 for block, computed in self.executor.run(job, self._blocks(train, set(wanted))):
-                    collector.add(rows, block.columns, computed.values.to("cpu", self._precision).numpy())
+                    values = computed.values.to("cpu", self._precision)
+                    if sizes is not None:
+                        own = sizes[block.columns]
+                        values = torch.where(own > 0, values / own, 0.0)
+                    collector.add(rows, block.columns, values.numpy())
                     log.absorb(computed.report)
                     bar.update(count * len(block))
                     if store is not None:
@@ -251,8 +259,18 @@ class _Run:
         """The job of a group of test points, or of none."""
         if points is None:
             return FactorRows(self.fitted) if isinstance(self.output, Factors) else SelfScores(self.fitted)
-        job = self._prepared(points, log)
-        return job if self.output.normalize is None else Relative(job, self.fitted, self.output.normalize)
+        return self._prepared(points, log)
+
+    def _sizes(self, train: Iterable[Any], log: SolveLog) -> Float[Tensor, " n"]:
+        """What the scores of each training point are divided by, once for all groups of test points."""
+        relative = self.output.normalize == "l_relatif"
+        job: Job = SelfScores(self.fitted) if relative else FactorNorms(self.fitted)
+        sizes = torch.empty(self.shape[1], dtype=self._precision, device="cpu")
+        everything = set(range(0, self.shape[1], self.chunks[1]))
+        for block, (values, report) in self.executor.run(job, self._blocks(train, everything)):
+            sizes[block.columns] = values[0].to("cpu", self._precision)
+            log.absorb(report)
+        return sizes.clamp(min=0).sqrt() if relative else sizes
 
     def _prepared(self, block: Block, log: SolveLog) -> Job:
         preparation = Preparation(self.fitted, self.measurement)
@@ -297,30 +315,3 @@ def _quiet(solver: Solver) -> Solver:
     if is_dataclass(solver) and any(field.name == "progress" for field in fields(solver)):
         return cast(Solver, replace(solver, progress=False))
     return solver
-
-
-@dataclass(frozen=True)
-class Relative:
-    """Scores divided by a size of the training point's own; zero where that is zero."""
-
-    label: ClassVar[str] = "relative-scores"
-
-    job: Job
-    fitted: Fitted
-    normalize: str
-
-    @property
-    def alone(self) -> bool:
-        """As of what it divides by."""
-        return self._own.alone
-
-    @property
-    def _own(self) -> SelfScores | FactorNorms:
-        return SelfScores(self.fitted) if self.normalize == "l_relatif" else FactorNorms(self.fitted)
-
-    def __call__(self, block: Block) -> Computed:
-        scores, report = self.job(block)
-        sizes, solved = self._own(block)
-        sizes = sizes.clamp(min=0).sqrt() if self.normalize == "l_relatif" else sizes
-        values = torch.where(sizes > 0, scores / sizes, 0.0)
-        return Computed(values, SolveReport(report.blocks + solved.blocks, report.hints + solved.hints))

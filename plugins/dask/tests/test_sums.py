@@ -192,7 +192,7 @@ LOADER = DataLoader(TensorDataset(*TRAIN), batch_size=20)
 SUMS = ("product", "layers", "matrix")
 WORDS = {
     *(f"influence-{what}{stage}" for what in SUMS for stage in ("-sent", "", "-sum")),
-    *("influence-data", "influence-solve", "influence-scores", "influence-relative-scores"),
+    *("influence-data", "influence-solve", "influence-scores"),
     *("influence-self-influences", "influence-factors"),
 }
 
