@@ -222,6 +222,24 @@ def test_a_loader_whose_order_changes_between_passes_is_noticed() -> None:
         attribute(fitted_once("direct"), batches(TEST, 4), Restless())
 
 
+class Dwindling(Passes):
+    """Its last batch is missing from the second pass on."""
+
+    def __iter__(self) -> Iterator[Points]:
+        self.passes += 1
+        return iter(self.data if self.passes == 1 else self.data[:-1])
+
+
+@pytest.mark.parametrize("side", ["test", "train"])
+def test_a_loader_that_yields_fewer_points_in_a_later_pass_is_noticed(side: str) -> None:
+    data = {"test": batches(TEST, 4), "train": batches(TRAIN, 50)}
+    missing, whole = len(data[side][-1][0]), {"test": len(TEST[0]), "train": len(TRAIN[0])}[side]
+    with pytest.raises(
+        inf.InvalidInputError, match=f"{whole} points when first read and {whole - missing} now"
+    ):
+        attribute(fitted_once("direct"), **data | {side: Dwindling(data[side])})
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_blocks_in_any_order_give_the_same_extremes_and_the_earlier_of_equal_ones(seed: int) -> None:
     generator = np.random.default_rng(seed)

@@ -240,20 +240,19 @@ class _Run:
             self.surveys["test points"].check(block.start, block.ids, "test points")
             read += len(block)
             yield block.columns, block
-        if read != self.shape[0]:
-            raise InvalidInputError(
-                f"The loader of the test points yielded {self.shape[0]} points when first read and {read} "
-                "now: it must yield the same ones in every pass."
-            )
+        _check_read(read, self.shape[0], "test points")
 
     def _width(self, starts: list[int]) -> int:
         return sum(min(self.chunks[1], self.shape[1] - start) for start in starts)
 
     def _blocks(self, train: Iterable[Any], wanted: set[int]) -> Iterator[Block]:
+        read = 0
         for block in blocks(train, self.chunks[1]):
             self.surveys["training points"].check(block.start, block.ids, "training points")
+            read += len(block)
             if block.start in wanted:
                 yield block
+        _check_read(read, self.shape[1], "training points")
 
     def _job(self, points: Block | None, log: SolveLog) -> Job:
         """The job of a group of test points, or of none."""
@@ -281,6 +280,14 @@ class _Run:
         for part in parts:
             log.absorb(part.report)
         return preparation.job(parts, len(block))
+
+
+def _check_read(read: int, before: int, what: str) -> None:
+    if read != before:
+        raise InvalidInputError(
+            f"The loader of the {what} yielded {before} points when first read and {read} now: it must yield the "
+            "same ones in every pass."
+        )
 
 
 def described(fitted: Fitted, measurement: Measurement, test: Iterable[Any]) -> dict[str, Any]:
