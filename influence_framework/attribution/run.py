@@ -285,8 +285,8 @@ class _Run:
 def _check_read(read: int, before: int, what: str) -> None:
     if read != before:
         raise InvalidInputError(
-            f"The loader of the {what} yielded {before} points when first read and {read} now: it must yield the "
-            "same ones in every pass."
+            f"The loader of the {what} yielded {before} points when first read and {read} now: it must yield "
+            "the same ones in every pass."
         )
 
 
