@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import resource
 import time
@@ -10,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from distributed import Client
+from influence_framework_dask import allocation
 from influence_framework_dask.allocation import IDLE_SECONDS, memory_kept
 
-pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the remedy is for glibc's allocator")
+GLIBC = platform.libc_ver()[0] == "glibc"
+"""Whether there is something to be changed."""
 
 SIZE, TIMES = 2**20, 100
 """Numbers of a tensor (4 MiB), and how often one is made."""
@@ -55,14 +58,58 @@ def on_one(client: Client, work: object) -> object:
 
 def test_a_worker_uses_freed_memory_again_while_it_computes_and_only_then(client: Client) -> None:
     pages = TIMES * SIZE * 4 // resource.getpagesize()
-    assert on_one(client, made) > pages / 2
-    assert on_one(client, made_within) < pages / 4
-    assert on_one(client, made) > pages / 2
+    before, within, after = (on_one(client, work) for work in (made, made_within, made))
+    if GLIBC:
+        assert before > pages / 2
+        assert within < pages / 4
+        assert after > pages / 2
+    else:
+        assert on_one(client, allocation._glibc) is None
 
 
 def test_a_worker_gives_memory_back_when_it_is_idle(client: Client) -> None:
-    kept, left = on_one(client, given_back)
-    assert left < kept - 2**27
+    if GLIBC:
+        kept, left = on_one(client, given_back)
+        assert left < kept - 2**27
+    else:
+        assert on_one(client, allocation._glibc) is None
+
+
+class Library:
+    """The C library, as far as it is asked to change something."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, ...]] = []
+
+    def mallopt(self, option: int, value: int) -> None:
+        self.asked.append((option, value))
+
+    def malloc_trim(self, pad: int) -> None:
+        self.asked.append((pad,))
+
+
+def test_thresholds_are_raised_and_then_those_that_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Library()
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    monkeypatch.setattr(allocation, "_glibc", lambda: library)
+    monkeypatch.setattr(allocation, "_told_to_trim", lambda: True)
+    monkeypatch.setattr(allocation, "IDLE_SECONDS", 0.01)
+    trim, mmap = allocation.TRIM_THRESHOLD, allocation.MMAP_THRESHOLD
+    with memory_kept():
+        assert library.asked == [(trim, allocation.LARGEST_TRIM), (mmap, allocation.LARGEST_MMAP)]
+    allocation._giving_back.pop().join()
+    assert library.asked[2:] == [(trim, 65536), (mmap, allocation.DEFAULT), (0,)]
+
+
+def test_a_c_library_that_is_not_glibc_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Library()
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(allocation, "_told_to_trim", lambda: True)
+    monkeypatch.setattr(allocation, "_glibc", allocation._glibc.__wrapped__)
+    with memory_kept():
+        pass
+    assert not library.asked
 
 
 def test_a_process_that_no_nanny_started_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
