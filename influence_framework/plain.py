@@ -21,20 +21,22 @@ from influence_framework.layers import Layer, Rows, cover, layer_batch, true_gra
 from influence_framework.parameters import ParameterSpace
 from influence_framework.problem import Problem
 
-ROUNDINGS = 16.0
-"""Rounding of a sum with random signs, in units of the precision and of the root of the sum of squares."""
+ROUNDINGS = 64.0
+"""Rounding of a layer's sum with random weights, in units of the precision and of the root of its squares."""
 
+FAINTEST = 1e-4
+"""Part of the largest gradient below which a smaller one is not made up for."""
 
 Total: TypeAlias = Callable[[dict[str, Tensor], Float[Tensor, " n"]], Tensor]
-"""What samples' gradients are of, summed with a sign for each, as a function of the parameters."""
+"""What samples' gradients are of, summed with a weight for each, as a function of the parameters."""
 
 
-def signed_outputs(problem: Problem, batch: Batch, cotangents: Float[Tensor, "n ..."]) -> Total:
+def weighted_outputs(problem: Problem, batch: Batch, cotangents: Float[Tensor, "n ..."]) -> Total:
     """Of ``cotangents · outputs`` of every sample."""
 
-    def total(leaves: dict[str, Tensor], signs: Float[Tensor, " n"]) -> Tensor:
+    def total(leaves: dict[str, Tensor], weights: Float[Tensor, " n"]) -> Tensor:
         along = problem.outputs(leaves, batch) * cotangents
-        return (signs * along.reshape(len(signs), -1).sum(1)).sum()
+        return (weights * along.reshape(len(weights), -1).sum(1)).sum()
 
     return total
 
@@ -79,7 +81,9 @@ class PlainGradients:
         if layers is None:
             return None
         found = layer_batch(problem, layers, batch, cotangents)
-        if len(found) == len(layers) and all(part.positions == 1 for part in found.values()):
+        dtypes = {t.dtype for part in found.values() for t in (part.inputs, part.output_gradients)}
+        once = len(found) == len(layers) and all(part.positions == 1 for part in found.values())
+        if once and dtypes == {parameters.dtype}:
             parts = {
                 layer: (part.output_gradients[0, 0, :, 0], part.inputs[0, :, 0])
                 for layer, part in found.items()
@@ -144,28 +148,42 @@ class PlainGradients:
         return scores.T
 
     def adds_up(self, problem: Problem, total: Total) -> bool:
-        """Whether autograd finds their sum with random signs, as the gradient of ``total``.
+        """Whether autograd finds their sum with random weights, as the gradient of ``total``, at every layer.
 
-        What a model does with a weight beside its layer shows there. (Without signs, what is proportional to
-        the gradient in the outputs would not where that vanishes, as it does at an optimum.)
+        What a model does with a weight beside its layer shows there. Each sample weighs about as much as any
+        other, so that a few large ones hide nothing, and no two alike, with a sign of its own: without that,
+        what is proportional to the gradient in the outputs would not show where that vanishes, as it does at
+        an optimum. Gradients that are not finite themselves are told of by whoever checks what is made of them.
         """
+        norms = {
+            layer: torch.linalg.vector_norm(deltas, dim=1, dtype=torch.float64)
+            * torch.linalg.vector_norm(inputs, dim=1, dtype=torch.float64)
+            for layer, (deltas, inputs) in self.parts.items()
+        }
+        sizes = torch.stack(list(norms.values())).square().sum(0).sqrt()
+        if not sizes.isfinite().all():
+            return True
+        weights = self._weights(sizes)
         leaves = self.parameters.leaves(problem.model)
-        generator = torch.Generator("cpu").manual_seed(0)
-        drawn = torch.randint(2, (len(self),), generator=generator, device="cpu")
-        signs = (2 * drawn - 1).to(self.parameters.device, self.parameters.dtype)
         with torch.enable_grad():
-            value = total(leaves, signs)
-        gradients = dict(zip(leaves, gradients_of(value, list(leaves.values()), keep_graph=False), strict=True))
-        gradient = self.parameters.flatten(gradients)
-        squares = [deltas.square().sum(1) * inputs.square().sum(1) for deltas, inputs in self.parts.values()]
-        # Roundings have random signs too, and add up like what they are of.
-        norm = torch.stack(squares).sum().sqrt()
-        error = gradient.clone()
+            value = total(leaves, weights)
+        found = gradients_of(value, list(leaves.values()), keep_graph=False)
+        gradient = self.parameters.flatten(dict(zip(leaves, found, strict=True)))
         for layer, (deltas, inputs) in self.parts.items():
-            places = layer.form.places[0].to(error.device)
-            error[places] -= (signs[:, None] * deltas).T @ inputs
-        # A gradient that is not finite is told of by whoever checks the scores.
-        return not bool(torch.linalg.vector_norm(error) > ROUNDINGS * problem.precision * norm)
+            places = layer.form.places[0].to(gradient.device)
+            error = (gradient[places] - (weights[:, None] * deltas).T @ inputs).double()
+            allowed = ROUNDINGS * problem.precision * torch.linalg.vector_norm(weights.double() * norms[layer])
+            if not torch.linalg.vector_norm(error) <= allowed:
+                return False
+        return True
+
+    def _weights(self, sizes: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Of random signs, between one and two over the samples' sizes; not over those next to nothing."""
+        generator = torch.Generator("cpu").manual_seed(0)
+        drawn = 2 * torch.rand(len(sizes), generator=generator, dtype=torch.float64, device="cpu") - 1
+        drawn = (drawn + drawn.sign()).to(sizes.device)
+        largest = sizes.max().clamp_min(torch.finfo(torch.float64).tiny)
+        return (drawn * (largest / sizes.clamp_min(FAINTEST * largest))).to(self.parameters.dtype)
 
 
 def scores_by_layers(
@@ -173,8 +191,8 @@ def scores_by_layers(
 ) -> list[Float[Tensor, "_m n"]] | None:
     """``f_k · ∇ℓ_j`` of every factor and sample; ``None`` where the model is not of that kind."""
 
-    def total(leaves: dict[str, Tensor], signs: Float[Tensor, " n"]) -> Tensor:
-        return (signs * problem.sample_losses(leaves, batch)).sum()
+    def total(leaves: dict[str, Tensor], weights: Float[Tensor, " n"]) -> Tensor:
+        return (weights * problem.sample_losses(leaves, batch)).sum()
 
     found = PlainGradients.of(problem, problem.parameters, batch, true_gradients(problem), total)
     return None if found is None else [found.products(rows) for rows in factors]

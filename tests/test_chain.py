@@ -15,7 +15,7 @@ from influence_framework.sources.chain import ChainLinearization
 from influence_framework.sources.streaming import StreamingOperator
 from tests import nets, reference
 from tests.reference import CURVATURES, assert_close
-from tests.test_plain import Whispering, points
+from tests.test_plain import Whispering, points, seldom
 
 EXACT = 1e-10
 
@@ -204,8 +204,34 @@ def test_nor_is_a_faint_use_of_a_weight_beside_its_layer_lost(source: str, dense
     assert_close(found, CURVATURES[source](double, nn.CrossEntropyLoss(), batches), 1e-5)
 
 
-def test_a_batch_in_which_a_weight_is_used_in_other_ways_is_noticed_in_the_first_pass() -> None:
-    """Later passes over the same data ask no more."""
+@pytest.mark.parametrize("source", ["hessian", "gauss_newton"])
+def test_mini_batches_do_not_stand_in_for_a_pass(source: str) -> None:
+    """The last batch alone shows that the model is no chain; others were looked at many times before."""
+    model, x, y = seldom(torch.float64)
+    data = list(zip(x.split(10), y.split(10), strict=True))
+    operator = _operator(source, Problem.build(model, nn.CrossEntropyLoss(), data, memory_budget=1))
+    for _ in range(10):
+        for part, _ in zip(operator.minibatches(torch.Generator().manual_seed(0)), range(2), strict=False):
+            part @ torch.ones(operator.shape[0], dtype=torch.float64)
+    product = operator @ torch.eye(operator.shape[0], dtype=torch.float64)
+    assert_close(product, CURVATURES[source](model, nn.CrossEntropyLoss(), data), EXACT)
+
+
+def test_parameters_written_to_are_held_against_autograd_again() -> None:
+    model, x, y = seldom(torch.float64, 0.0)
+    del model.scale
+    model.scale = nn.Buffer(torch.zeros((), dtype=torch.float64))
+    data = list(zip(x.split(10), y.split(10), strict=True))
+    operator = _operator("gauss_newton", Problem.build(model, nn.CrossEntropyLoss(), data, memory_budget=1))
+    identity = torch.eye(operator.shape[0], dtype=torch.float64)
+    operator @ identity
+    assert all(_chained(operator))
+    model.scale.fill_(1.0)
+    expected = CURVATURES["gauss_newton"](model, nn.CrossEntropyLoss(), data)
+    assert_close(operator @ identity, expected, EXACT)
+
+
+def test_later_passes_over_the_same_data_are_not_held_against_autograd_again() -> None:
     model, loss, data = _instance(CHAINS["deep"])
     operator = _operator("hessian", Problem.build(model, loss, data, memory_budget=1))
     columns = torch.eye(operator.shape[0], dtype=torch.float64)[:, :2]

@@ -128,3 +128,80 @@ def test_a_gradient_that_is_not_finite_is_told_of() -> None:
     x[4] = float("inf")
     with pytest.raises(inf.NonFiniteError, match=r"samples \[4\]|NaN or infinity"):
         contract_up({"all": Factors(rows)}, problem, (x, y))
+
+
+class Seldom(nn.Module):
+    """Uses its first weight beside the layer for points whose first number is large."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.first, self.second, self.scale = nn.Linear(4, 4), nn.Linear(4, 3), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        beside = (x @ self.first.weight)[:, :3] * (x[:, :1] > 5)
+        result: Tensor = self.second(self.first(x).tanh())
+        return result + self.scale * beside
+
+
+def seldom(dtype: torch.dtype, scale: float = 1.0) -> tuple[Seldom, Tensor, Tensor]:
+    """The model and points of which the last is one of those, and the first are not."""
+    torch.manual_seed(0)
+    model = Seldom(scale).to(dtype).eval()
+    x, y = points(40, dtype)
+    x = x.clamp(-3, 3)
+    x[-1, 0] = 6.0
+    return model, x, y
+
+
+def found_and_expected(model: nn.Module, loss: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    problem = inf.Problem.build(model, loss, [(x, y)])
+    rows = torch.randn(3, problem.parameters.numel, generator=torch.Generator().manual_seed(1)).to(x.dtype)
+    found = contract_up({"all": Factors(rows)}, problem, (x, y))["all"]
+    return found, rows @ reference.gradients(model, loss, [(x, y)]).T
+
+
+def test_two_equal_points_do_not_cancel() -> None:
+    model, x, y = seldom(torch.float64)
+    problem = inf.Problem.build(model, LOSS, [(x, y)])
+    rows = torch.randn(3, problem.parameters.numel, dtype=torch.float64)
+    for count in (2, 4):
+        twice = x[-1:].expand(count, 4), y[-1:].expand(count)
+        found = contract_up({"all": Factors(rows)}, problem, twice)["all"]
+        assert_close(found, rows @ reference.gradients(model, LOSS, [twice]).T, 1e-12)
+        problem.plain.clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_layer_with_small_gradients_is_held_too(dtype: torch.dtype) -> None:
+    faint = 1e3 * torch.finfo(dtype).eps
+    model, x, y = seldom(dtype, faint)
+    with torch.no_grad():
+        model.second.weight *= faint
+    problem = inf.Problem.build(model, LOSS, [(x, y)])
+    rows = torch.zeros(1, problem.parameters.numel, dtype=dtype)
+    rows[0, :16] = torch.randn(16, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    found = contract_up({"all": Factors(rows)}, problem, (x, y))["all"]
+    assert_close(found, rows @ reference.gradients(model, LOSS, [(x, y)]).T, 1e-4)
+
+
+def test_one_large_sample_hides_nothing() -> None:
+    model, x, _ = seldom(torch.float32)
+    targets = torch.randn(40, 3)
+    targets[7] = 1e7
+    found, expected = found_and_expected(model, nn.MSELoss(), x, targets)
+    assert_close(found[:, -1:], expected[:, -1:], 1e-4)
+
+
+def test_what_is_not_finite_beside_a_layer_is_no_agreement() -> None:
+    class Broken(Seldom):
+        def forward(self, x: Tensor) -> Tensor:
+            beside = torch.where(x[:, :1] > 5, (0 * self.first.weight.sum()).sqrt(), 0.0)
+            result: Tensor = self.second(self.first(x).tanh())
+            return result + beside
+
+    _, x, y = seldom(torch.float64)
+    model = Broken().double().eval()
+    problem = inf.Problem.build(model, LOSS, [(x[:-1], y[:-1])])
+    rows = torch.ones(2, problem.parameters.numel, dtype=torch.float64)
+    with pytest.raises(inf.NonFiniteError):
+        contract_up({"all": Factors(rows)}, problem, (x, y))

@@ -27,7 +27,7 @@ from influence_framework.data import Batch
 from influence_framework.derivatives import gradients_of
 from influence_framework.layers import Cover, Layer, Tape, record
 from influence_framework.parameters import ParameterSpace
-from influence_framework.plain import PlainGradients, signed_outputs
+from influence_framework.plain import PlainGradients, weighted_outputs
 from influence_framework.problem import Problem
 from influence_framework.sources.linearization import Curve, Linearization, Product, Workspace
 
@@ -104,6 +104,8 @@ class ChainLinearization(Linearization):
         weights = [cast(Tensor, module.weight).detach() for module in modules]
         if any(a.shape != shift.shape for a, shift in zip(inputs[1:], shifts[:-1], strict=True)):
             return None
+        if any(tensor.dtype != parameters.dtype for tensor in (*inputs, *shifts)):  # under autocast
+            return None
         with torch.enable_grad():
             slopes = [
                 gradients_of(a.sum(), [shift])[0] for a, shift in zip(inputs[1:], shifts[:-1], strict=True)
@@ -114,7 +116,7 @@ class ChainLinearization(Linearization):
                 return None
             if not held:
                 made = _gradients_of(parameters, layers, tape, flows)
-                if not made.adds_up(problem, signed_outputs(problem, batch, cotangent)):
+                if not made.adds_up(problem, weighted_outputs(problem, batch, cotangent)):
                     return None
             head = _head(curve(problem, tape.outputs, shifts[-1:], batch), inputs, shifts)
             deltas: Sequence[Tensor | None] = [None] * len(shifts)

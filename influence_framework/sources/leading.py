@@ -18,7 +18,7 @@ from influence_framework.gradients import check_sample_gradients, chunk_size, sa
 from influence_framework.layers import Rows
 from influence_framework.memory import in_pieces
 from influence_framework.parameters import ParameterSpace
-from influence_framework.plain import PlainGradients, plain_layers_of, signed_outputs
+from influence_framework.plain import PlainGradients, plain_layers_of, weighted_outputs
 from influence_framework.problem import Problem
 from influence_framework.rows import RootRows
 
@@ -128,7 +128,7 @@ def _by_layers(
 
 def _outer_products(problem: Problem, parameters: ParameterSpace, piece: Piece) -> PlainGradients | None:
     samples, cotangents = piece
-    total = signed_outputs(problem, samples, cotangents)
+    total = weighted_outputs(problem, samples, cotangents)
     return PlainGradients.of(problem, parameters, samples, lambda *_: cotangents[None], total)
 
 

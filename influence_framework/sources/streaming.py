@@ -39,7 +39,7 @@ class _Cache:
     versions: list[int] = field(default_factory=list)
     cover: Cover | None = None
     chained: bool = True
-    held: int = 0
+    held: list[int] | None = None
     semidefinite: bool | None = None
 
     def to(self, device: Any) -> _Cache:
@@ -103,8 +103,11 @@ class StreamingOperator(Operator):
         """Whether graphs are built once for all products."""
         return self.keep_graphs or self._graphs_fit
 
-    def linearize(self, batch: Batch) -> Linearization:
-        """The curvature of a batch: by matrix products where the model is a chain of linear layers."""
+    def linearize(self, batch: Batch, *, held: bool = False) -> Linearization:
+        """The curvature of a batch: by matrix products where the model is a chain of linear layers.
+
+        ``held`` says that gradients of the same samples were held against autograd before.
+        """
         problem = self.problem
         if self._cache.chained and problem.twice_differentiable and (layers := plain_layers(self.cover())):
             found = ChainLinearization.of(
@@ -114,22 +117,23 @@ class StreamingOperator(Operator):
                 batch,
                 layers,
                 gradient_terms=self.gradient_terms,
-                held=self._cache.held >= problem.share_size,
+                held=held,
             )
             if found is not None:
-                self._cache.held += problem.objective.size(batch)
                 return found
         # What one batch is not, the next will not be either.
         self._cache.chained = False
         return GraphLinearization(problem, self.parameters, self.curve, batch)
 
     def _linearizations(self) -> Iterator[tuple[Linearization, int]]:
-        if not self.keeps_graphs:
-            for batch, size in self.problem.batches():
-                yield self.linearize(batch), size
-            return
         model, room = self.problem.model, self.problem.room
         versions = [tensor._version for tensor in (*model.parameters(), *model.buffers())]
+        if not self.keeps_graphs:
+            held = self._cache.held == versions
+            for batch, size in self.problem.batches():
+                yield self.linearize(batch, held=held), size
+            self._cache.held = versions  # a whole pass, to its end
+            return
         kept = self._cache.kept
         if kept is None or self._cache.versions != versions or any(room.at_most(n) < n for _, n in kept):
             # A graph through tensors that were written to since, be it with the same values, is lost; and

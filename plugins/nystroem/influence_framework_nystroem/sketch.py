@@ -118,19 +118,29 @@ def leading_approximation(root: RootRows, rank: int) -> Approximation:
 
     Exact but for rounding where the rows are not many more than the rank: the Nyström approximation with test
     vectors that span the rows. Else the eigenvectors are from :data:`PASSES` passes of subspace iteration,
-    which leaves the last of them mixed with those beyond the rank: Halko, Martinsson and Tropp (2011), "Finding
-    Structure with Randomness", algorithm 4.4. ``AAᵀ`` and its Rayleigh-Ritz values are in float64, so that what
-    is approximated is orthonormal, and never above ``AᵀA``, but for the rounding of the rows themselves.
+    which leaves the last of them mixed with those beyond the rank, and their values up to some ten per cent
+    too small: Halko, Martinsson and Tropp (2011), "Finding Structure with Randomness", algorithm 4.4. ``AAᵀ``
+    and its Rayleigh-Ritz values are in float64, so that what is found is never above ``AᵀA``, and orthonormal
+    to ``√(θ₁/θ_r)`` times the precision of the rows. Of more rows than parameters it is ``AᵀA`` itself.
     """
     rows = root.rows
     if not len(rows):
         return Approximation(rows.new_empty(0).double(), rows.T, 0.0)
+    precision = torch.finfo(rows.dtype).eps
+    if rows.shape[0] > rows.shape[1]:
+        values, vectors = torch.linalg.eigh(RootRows(rows.T).inner())
+        values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
+        rounding = ROUNDING * precision * max(values[0].item(), 0.0)
+        return Approximation(values[values > rounding], vectors[:, values > rounding].to(rows.dtype), rounding)
     inner = root.inner()
     width = rank + TEST_VECTORS
-    basis = _leading_subspace(inner.to(rows.dtype), width).double() if len(rows) > 2 * width else None
+    basis = None
+    if len(rows) > 2 * width:
+        working = torch.promote_types(rows.dtype, torch.float32)
+        basis = _leading_subspace(inner.to(working), width).double()
     values, coefficients = torch.linalg.eigh(inner if basis is None else basis.T @ inner @ basis)
     values, coefficients = values.flip(0)[:rank], coefficients.flip(1)[:, :rank]
-    rounding = ROUNDING * torch.finfo(rows.dtype).eps * max(values[0].item(), 0.0)
+    rounding = ROUNDING * precision * max(values[0].item(), 0.0)
     values = values[values > rounding]
     coefficients = coefficients[:, : len(values)] / values.sqrt()
     if basis is not None:

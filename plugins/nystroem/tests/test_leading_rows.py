@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from influence_framework_nystroem import NystroemSolver
+from influence_framework_nystroem.sketch import leading_approximation
 from torch import nn
 
 import influence_framework as inf
 from influence_framework import InvalidInputError, MissingCapabilityError
 from influence_framework.lowrank import LowRankInverse
 from influence_framework.operators import to_dense
+from influence_framework.rows import RootRows
 from influence_framework.testing import normal, symmetric
 
 LAMBDA = 1e-2
@@ -72,6 +74,25 @@ def test_far_more_rows_than_the_rank(dtype: torch.dtype) -> None:
     torch.testing.assert_close(inverse.values, exact, rtol=0.05, atol=0.0)
     left = rows.T @ rows - vectors @ torch.diag(inverse.values) @ vectors.T
     assert torch.linalg.eigvalsh(left)[0] > -1e2 * precision * exact[0]
+
+
+def test_of_more_rows_than_parameters_the_smaller_matrix() -> None:
+    rows = normal(9, 40).T
+    found = leading_approximation(RootRows(rows), 4)
+    values, vectors = torch.linalg.eigh(rows.T @ rows)
+    torch.testing.assert_close(found.values, values.flip(0)[:4])
+    overlap = (vectors.flip(1)[:, :4].T @ found.vectors).abs()
+    torch.testing.assert_close(overlap, torch.eye(4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("rank", [5, 300])
+def test_rows_of_half_precision_and_of_low_rank(rank: int) -> None:
+    """Eigenvalues that are zero but for rounding are left out, not divided by."""
+    rows = (normal(700, 3) @ normal(800, 3).T).bfloat16()
+    found = leading_approximation(RootRows(rows), rank)
+    assert found.vectors.dtype is torch.bfloat16
+    assert found.vectors.isfinite().all()
+    assert 3 <= len(found.values) <= max(rank, 3)
 
 
 @pytest.mark.parametrize("block", [False, True], ids=["columns", "block"])
