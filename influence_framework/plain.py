@@ -31,12 +31,18 @@ Total: TypeAlias = Callable[[dict[str, Tensor], Float[Tensor, " n"]], Tensor]
 """What samples' gradients are of, summed with a weight for each, as a function of the parameters."""
 
 
+def weighted_sum(
+    outputs: Float[Tensor, "n ..."], cotangents: Float[Tensor, "n ..."], weights: Float[Tensor, " n"]
+) -> Tensor:
+    """``Σ_n w_n (cotangents · outputs)_n``."""
+    return (weights * (outputs * cotangents).reshape(len(weights), -1).sum(1)).sum()
+
+
 def weighted_outputs(problem: Problem, batch: Batch, cotangents: Float[Tensor, "n ..."]) -> Total:
     """Of ``cotangents · outputs`` of every sample."""
 
     def total(leaves: dict[str, Tensor], weights: Float[Tensor, " n"]) -> Tensor:
-        along = problem.outputs(leaves, batch) * cotangents
-        return (weights * along.reshape(len(weights), -1).sum(1)).sum()
+        return weighted_sum(problem.outputs(leaves, batch), cotangents, weights)
 
     return total
 
@@ -89,7 +95,7 @@ class PlainGradients:
                 for layer, part in found.items()
             }
             result = cls(parameters, parts)
-            if result.adds_up(problem, total):
+            if result.adds_up(problem, total, parameters.leaves(problem.model)):
                 return result
         problem.plain[parameters.names] = None
         return None
@@ -147,7 +153,7 @@ class PlainGradients:
                     scores[chunk, some] += (along @ deltas[chunk, :, None])[..., 0]
         return scores.T
 
-    def adds_up(self, problem: Problem, total: Total) -> bool:
+    def adds_up(self, problem: Problem, total: Total, leaves: dict[str, Tensor]) -> bool:
         """Whether autograd finds their sum with random weights, as the gradient of ``total``, at every layer.
 
         What a model does with a weight beside its layer shows there. Each sample weighs about as much as any
@@ -164,10 +170,9 @@ class PlainGradients:
         if not sizes.isfinite().all():
             return True
         weights = self._weights(sizes)
-        leaves = self.parameters.leaves(problem.model)
         with torch.enable_grad():
             value = total(leaves, weights)
-        found = gradients_of(value, list(leaves.values()), keep_graph=False)
+        found = gradients_of(value, list(leaves.values()))
         gradient = self.parameters.flatten(dict(zip(leaves, found, strict=True)))
         for layer, (deltas, inputs) in self.parts.items():
             places = layer.form.places[0].to(gradient.device)

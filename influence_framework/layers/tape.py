@@ -77,15 +77,21 @@ class Tape:
         return [use.shift for use in self.uses]
 
 
-def record(problem: Problem, modules: Iterable[str], batch: Batch, expanded: Collection[str] = ()) -> Tape:
-    """Run the model on ``batch`` with its parameters held constant and every use of ``modules`` noted.
+def record(
+    problem: Problem,
+    modules: Iterable[str],
+    batch: Batch,
+    expanded: Collection[str] = (),
+    leaves: Mapping[str, Tensor] | None = None,
+) -> Tape:
+    """Run the model on ``batch`` with every use of ``modules`` noted; parameters but ``leaves`` are constant.
 
     Inputs and outputs of modules that are ``expanded`` get the samples as their first dimension.
     """
     uses: list[Use] = []
     samples = dict.fromkeys(expanded, problem.objective.size(batch))
     with torch.enable_grad(), _noting(problem.model, modules, uses, samples):
-        outputs = problem.outputs({}, batch)
+        outputs = problem.outputs(dict(leaves or {}), batch)
     return Tape(outputs, uses)
 
 

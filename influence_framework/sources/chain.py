@@ -27,7 +27,7 @@ from influence_framework.data import Batch
 from influence_framework.derivatives import gradients_of
 from influence_framework.layers import Cover, Layer, Tape, record
 from influence_framework.parameters import ParameterSpace
-from influence_framework.plain import PlainGradients, weighted_outputs
+from influence_framework.plain import PlainGradients, weighted_sum
 from influence_framework.problem import Problem
 from influence_framework.sources.linearization import Curve, Linearization, Product, Workspace
 
@@ -96,7 +96,8 @@ class ChainLinearization(Linearization):
         layers' are made of, unless that was ``held`` of this batch before: a weight may have a use beside its
         layer.
         """
-        tape = record(problem, layers, batch)
+        leaves = {} if held else parameters.leaves(problem.model)
+        tape = record(problem, layers, batch, leaves=leaves)
         if not used_once_on_vectors(tape, layers, problem.objective.size(batch)):
             return None
         shifts, inputs = tape.shifts, [use.inputs for use in tape.uses]
@@ -116,7 +117,9 @@ class ChainLinearization(Linearization):
                 return None
             if not held:
                 made = _gradients_of(parameters, layers, tape, flows)
-                if not made.adds_up(problem, weighted_outputs(problem, batch, cotangent)):
+                if not made.adds_up(
+                    problem, lambda _, weights: weighted_sum(tape.outputs, cotangent, weights), leaves
+                ):
                     return None
             head = _head(curve(problem, tape.outputs, shifts[-1:], batch), inputs, shifts)
             deltas: Sequence[Tensor | None] = [None] * len(shifts)
