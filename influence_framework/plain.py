@@ -24,7 +24,7 @@ from influence_framework.problem import Problem
 ROUNDINGS = 64.0
 """Rounding of a layer's sum with random weights, in units of the precision and of the root of its squares."""
 
-FAINTEST = 1e-4
+FAINTEST = 1e-10
 """Part of the largest gradient below which a smaller one is not made up for."""
 
 Total: TypeAlias = Callable[[dict[str, Tensor], Float[Tensor, " n"]], Tensor]
@@ -36,15 +36,6 @@ def weighted_sum(
 ) -> Tensor:
     """``Σ_n w_n (cotangents · outputs)_n``."""
     return (weights * (outputs * cotangents).reshape(len(weights), -1).sum(1)).sum()
-
-
-def weighted_outputs(problem: Problem, batch: Batch, cotangents: Float[Tensor, "n ..."]) -> Total:
-    """Of ``cotangents · outputs`` of every sample."""
-
-    def total(leaves: dict[str, Tensor], weights: Float[Tensor, " n"]) -> Tensor:
-        return weighted_sum(problem.outputs(leaves, batch), cotangents, weights)
-
-    return total
 
 
 def plain_layers_of(problem: Problem, parameters: ParameterSpace) -> tuple[Layer, ...] | None:
@@ -153,13 +144,16 @@ class PlainGradients:
                     scores[chunk, some] += (along @ deltas[chunk, :, None])[..., 0]
         return scores.T
 
-    def adds_up(self, problem: Problem, total: Total, leaves: dict[str, Tensor]) -> bool:
+    def adds_up(
+        self, problem: Problem, total: Total, leaves: dict[str, Tensor], *, keep_graph: bool = False
+    ) -> bool:
         """Whether autograd finds their sum with random weights, as the gradient of ``total``, at every layer.
 
         What a model does with a weight beside its layer shows there. Each sample weighs about as much as any
         other, so that a few large ones hide nothing, and no two alike, with a sign of its own: without that,
         what is proportional to the gradient in the outputs would not show where that vanishes, as it does at
         an optimum. Gradients that are not finite themselves are told of by whoever checks what is made of them.
+        With ``keep_graph`` that of ``total`` is there for more.
         """
         norms = {
             layer: torch.linalg.vector_norm(deltas, dim=1, dtype=torch.float64)
@@ -172,7 +166,7 @@ class PlainGradients:
         weights = self._weights(sizes)
         with torch.enable_grad():
             value = total(leaves, weights)
-        found = gradients_of(value, list(leaves.values()))
+        found = gradients_of(value, list(leaves.values()), keep_graph=keep_graph)
         gradient = self.parameters.flatten(dict(zip(leaves, found, strict=True)))
         for layer, (deltas, inputs) in self.parts.items():
             places = layer.form.places[0].to(gradient.device)

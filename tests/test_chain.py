@@ -237,7 +237,7 @@ def test_later_passes_over_the_same_data_are_not_held_against_autograd_again() -
     columns = torch.eye(operator.shape[0], dtype=torch.float64)[:, :2]
     asked = []
 
-    def count(*arguments: Any) -> bool:
+    def count(*arguments: Any, **options: Any) -> bool:
         asked.append(arguments)
         return True
 

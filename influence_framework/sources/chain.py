@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias, cast
 
 import torch
@@ -117,9 +118,8 @@ class ChainLinearization(Linearization):
                 return None
             if not held:
                 made = _gradients_of(parameters, layers, tape, flows)
-                if not made.adds_up(
-                    problem, lambda _, weights: weighted_sum(tape.outputs, cotangent, weights), leaves
-                ):
+                total = partial(weighted_sum, tape.outputs, cotangent)
+                if not made.adds_up(problem, lambda _, weights: total(weights), leaves, keep_graph=True):
                     return None
             head = _head(curve(problem, tape.outputs, shifts[-1:], batch), inputs, shifts)
             deltas: Sequence[Tensor | None] = [None] * len(shifts)

@@ -18,7 +18,7 @@ from influence_framework.gradients import check_sample_gradients, chunk_size, sa
 from influence_framework.layers import Rows
 from influence_framework.memory import in_pieces
 from influence_framework.parameters import ParameterSpace
-from influence_framework.plain import PlainGradients, plain_layers_of, weighted_outputs
+from influence_framework.plain import PlainGradients, plain_layers_of, weighted_sum
 from influence_framework.problem import Problem
 from influence_framework.rows import RootRows
 
@@ -80,9 +80,8 @@ def leading_rows(problem: Problem, parameters: ParameterSpace, rows: Rows, count
             return PlainRows.of(PlainGradients.joined(plain, order))
     places = order.argsort()
     result = torch.empty(len(order), parameters.numel, dtype=parameters.dtype, device=parameters.device)
-    begun = 0
+    pull, begun = partial(_pulled, problem, parameters), 0
     for piece in pieces:
-        pull = partial(_pulled, problem, parameters)
         at_most = chunk_size(problem, parameters, _size(piece))
         for _, found in in_pieces(problem.room, piece, _size, at_most, pull):
             result[places[begun : begun + len(found)]] = found
@@ -128,7 +127,10 @@ def _by_layers(
 
 def _outer_products(problem: Problem, parameters: ParameterSpace, piece: Piece) -> PlainGradients | None:
     samples, cotangents = piece
-    total = weighted_outputs(problem, samples, cotangents)
+
+    def total(leaves: dict[str, Tensor], weights: Float[Tensor, " m"]) -> Tensor:
+        return weighted_sum(problem.outputs(leaves, samples), cotangents, weights)
+
     return PlainGradients.of(problem, parameters, samples, lambda *_: cotangents[None], total)
 
 

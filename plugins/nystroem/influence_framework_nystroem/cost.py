@@ -31,9 +31,11 @@ def cost_of_nystroem(workload: Workload, products: Products, rank: int, width: i
 def cost_of_leading(workload: Workload, products: Products, rank: int, rows: int) -> Cost:
     """Of an approximation of ``rank`` from leading ``rows``, chosen in ``products``' worth of passes."""
     # The matrix of inner products, at most; its eigenvectors; and what they make of the rows.
-    flops = 2.0 * workload.parameters * (rows**2 + rows * rank) + _eigenvectors(rows, rank)
+    side = min(rows, workload.parameters)
+    flops = 2.0 * workload.parameters * (rows * side + rows * rank) + _eigenvectors(side, rank)
     fit = Work(products=products, flops=flops, traffic=workload.vectors(6 * rows))
-    return _low_rank(workload, fit, rows + rank, rank)
+    # Inner products, and of layers two factors of them, in float64.
+    return _low_rank(workload, fit, rows + rank, rank, 3 * 8.0 * side**2)
 
 
 def _eigenvectors(rows: int, rank: int) -> float:
@@ -44,8 +46,8 @@ def _eigenvectors(rows: int, rank: int) -> float:
     return PASSES * (2.0 * rows**2 * width + 4.0 * rows * width**2) + 10.0 * width**3
 
 
-def _low_rank(workload: Workload, fit: Work, vectors: int, rank: int) -> Cost:
-    """After a ``fit`` that holds so many ``vectors``."""
+def _low_rank(workload: Workload, fit: Work, vectors: int, rank: int, more: float = 0.0) -> Cost:
+    """After a ``fit`` that holds so many ``vectors``, and so many bytes ``more``."""
     size, rank = workload.parameters, min(rank, workload.parameters)
     left = workload.probed.at(rank + 1)
     applied = 8.0 * size * rank
@@ -53,7 +55,7 @@ def _low_rank(workload: Workload, fit: Work, vectors: int, rank: int) -> Cost:
         Fidelity.LOW_RANK,
         fit=fit,
         solve=Work(flops=applied * workload.columns, traffic=workload.vectors(4 * workload.columns + 4 * rank)),
-        fit_bytes=workload.vectors(vectors),
+        fit_bytes=workload.vectors(vectors) + more,
         held_bytes=workload.vectors(rank),
         solve_bytes=workload.vectors(4 * workload.columns),
         apply=Work(flops=applied, traffic=workload.vectors(4)),
