@@ -92,18 +92,23 @@ def has_second_derivatives(outputs: Tensor, losses: Tensor, leaves: Sequence[Ten
 
 def _adjoint_gap(outputs: Tensor, leaves: Sequence[Tensor]) -> tuple[float, float]:
     """``|w·(J v) - (Jᵀw)·v|`` for random ``w`` and ``v``, and ``‖Jᵀw‖``."""
-    generator = torch.Generator("cpu").manual_seed(0)
+    generator = torch.Generator(outputs.device).manual_seed(0)
 
     def random(like: Tensor) -> Tensor:
-        drawn = torch.randn(like.shape, generator=generator, dtype=torch.float64, device="cpu")
-        return drawn.to(like.device, like.dtype)
+        # Drawn where it is needed: a batch of a language model returns hundreds of millions of numbers.
+        return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=outputs.device)
 
     cotangent, tangents = random(outputs), [random(leaf) for leaf in leaves]
     transposed = [gradient.detach().double() for gradient in gradients_of(outputs, leaves, cotangent)]
     pushed = PushForward(outputs, leaves)([tangent[None] for tangent in tangents])
-    forward = 0.0 if pushed is None else float((pushed[0].detach().double() * cotangent.double()).sum())
+    forward = 0.0 if pushed is None else _inner(pushed[0].detach(), cotangent)
     backward = sum(float((one * v.double()).sum()) for one, v in zip(transposed, tangents, strict=True))
     return abs(forward - backward), sum(float(one.square().sum()) for one in transposed) ** 0.5
+
+
+def _inner(left: Tensor, right: Tensor) -> float:
+    """``Σ left·right`` in double precision, without a copy of either in it."""
+    return sum(float((a.double() * b.double()).sum()) for a, b in zip(left, right, strict=True))
 
 
 def gradients_of(
