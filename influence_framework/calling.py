@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,8 +15,14 @@ CHECKPOINTED = "gradient_checkpointing"
 """The attribute by which modules of ``transformers`` say that they checkpoint."""
 
 
-def as_function(model: nn.Module, parameters: Mapping[str, Tensor]) -> Callable[..., Any]:
-    """The model as a function of its inputs, with ``parameters`` in place of its own; it is left as it is."""
+def as_function(
+    model: nn.Module, parameters: Mapping[str, Tensor], *, twice: bool = True
+) -> Callable[..., Any]:
+    """The model as a function of its inputs, with ``parameters`` in place of its own; it is left as it is.
+
+    Without ``twice`` it may be differentiated once at most, by the backward pass, and attention takes the
+    kernels that it takes in training.
+    """
     merged = {name: p.detach() for name, p in model.named_parameters()} | dict(parameters)
     # Copies, for the modules that write to their buffers.
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -26,7 +32,7 @@ def as_function(model: nn.Module, parameters: Mapping[str, Tensor]) -> Callable[
     def call(*args: Any, **kwargs: Any) -> Any:
         # Neither the fused attention kernels nor cuDNN's recurrent ones have a second derivative.
         with (
-            sdpa_kernel(SDPBackend.MATH),
+            sdpa_kernel(SDPBackend.MATH) if twice else nullcontext(),
             torch.backends.cudnn.flags(enabled=cudnn),
             _activations_kept(model),
         ):

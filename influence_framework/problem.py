@@ -313,7 +313,7 @@ class Problem:
 
         def work(piece: Batch) -> None:
             with torch.no_grad(), random_state_kept():
-                outputs = found[0].outputs({}, piece)
+                outputs = found[0].outputs({}, piece, twice=False)
             found[0] = found[0].judged(outputs, piece, what)
 
         for _ in in_pieces(self.room, batch, self.objective.size, size, work):
@@ -452,13 +452,13 @@ class Problem:
             for position in torch.randperm(len(pieces), generator=generator, device=generator.device):
                 yield pieces[position], self.objective.size(pieces[position])
 
-    def forward(self, parameters: Mapping[str, Tensor]) -> Callable[..., Any]:
+    def forward(self, parameters: Mapping[str, Tensor], *, twice: bool = True) -> Callable[..., Any]:
         """The model as a function of its inputs, with these parameters in place of its own."""
-        return as_function(self.model, parameters)
+        return as_function(self.model, parameters, twice=twice)
 
-    def outputs(self, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
-        """Model outputs ``(n, …)``."""
-        return self.objective.outputs(self.forward(parameters), batch)
+    def outputs(self, parameters: Mapping[str, Tensor], batch: Batch, *, twice: bool = True) -> Tensor:
+        """Model outputs ``(n, …)``, to be differentiated ``twice`` or once at most, by the backward pass."""
+        return self.objective.outputs(self.forward(parameters, twice=twice), batch)
 
     def mean_loss(self, parameters: Mapping[str, Tensor], batch: Batch) -> Float[Tensor, ""]:
         """``1/n Σ ℓ_i`` over the batch."""

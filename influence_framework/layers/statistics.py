@@ -153,7 +153,8 @@ class Recorded:
         names = dict.fromkeys(name for layer in layers for name in layer.modules)
         ways = {name: way for layer in layers for name, way in layer.shared.items()}
         alone = [name for name in names if ways.get(name) == "alone"]
-        tape = record(problem, [name for name in names if name not in alone], batch, ways.keys() - set(alone))
+        together = [name for name in names if name not in alone]
+        tape = record(problem, together, batch, ways.keys() - set(alone), twice=False)
         size, objective = len(tape.outputs), problem.objective
         present = objective.present(batch) if isinstance(objective, Masking) else []
         padded = [mask for mask in present if not mask.all()]
@@ -210,7 +211,9 @@ def _one_by_one(
     problem: Problem, modules: Sequence[str], batch: Batch, rows: Float[Tensor, "s n ..."]
 ) -> Iterator[tuple[Use, Tensor]]:
     """Uses of modules that are applied to what all samples have in common, from one pass for each sample."""
-    tapes = [record(problem, modules, take(batch, slice(n, n + 1))) for n in range(rows.shape[1])]
+    tapes = [
+        record(problem, modules, take(batch, slice(n, n + 1)), twice=False) for n in range(rows.shape[1])
+    ]
     pulled = [_output_gradients(problem, tape, rows[:, n : n + 1]) for n, tape in enumerate(tapes)]
     for position, uses in enumerate(zip(*(tape.uses for tape in tapes), strict=True)):
         inputs = torch.cat([of_samples(use.inputs, 1) for use in uses])

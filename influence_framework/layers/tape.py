@@ -83,15 +83,17 @@ def record(
     batch: Batch,
     expanded: Collection[str] = (),
     leaves: Mapping[str, Tensor] | None = None,
+    *,
+    twice: bool = True,
 ) -> Tape:
     """Run the model on ``batch`` with every use of ``modules`` noted; parameters but ``leaves`` are constant.
 
-    Inputs and outputs of modules that are ``expanded`` get the samples as their first dimension.
+    The outputs may be differentiated ``twice``, or once at most, by the backward pass. Inputs and outputs of modules that are ``expanded`` get the samples as their first dimension.
     """
     uses: list[Use] = []
     samples = dict.fromkeys(expanded, problem.objective.size(batch))
     with torch.enable_grad(), _noting(problem.model, modules, uses, samples):
-        outputs = problem.outputs(dict(leaves or {}), batch)
+        outputs = problem.outputs(dict(leaves or {}), batch, twice=twice)
     return Tape(outputs, uses)
 
 
