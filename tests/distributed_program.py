@@ -87,7 +87,7 @@ def scored(executor: str, solver: Any, *, stream: bool = False, **options: Any) 
     with streamed() if stream else nullcontext():
         model = composed(solver, **options).fit(batches(TRAIN, 17), executor=executor)
     assert model.fitted.problem.cached is not stream
-    found = {"influences": model.influences(*TEST, *TRAIN).numpy()}
+    found = {"influences": model.influences(*TEST, *TRAIN).cpu().numpy()}
     counted = Counted([])
     with counted.of(FactorScores), counted.of(LayerScores), mock.patch.object(run, "LARGEST", 16):
         settings = {"test": batches(TEST, 4), "train": batches(TRAIN, 17), "executor": executor}

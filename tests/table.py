@@ -68,6 +68,7 @@ class Method:
         single: Other options in single precision.
         inverts: What of a block's curvature it is the inverse of, plus λ.
         strength: λ.
+        devices: Where it runs.
     """
 
     options: dict[str, Any]
@@ -78,6 +79,7 @@ class Method:
     single: Mapping[str, Any] = field(default_factory=dict)
     inverts: Adapt = lambda curvature: curvature
     strength: float = STRENGTH
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     def solver(self, dtype: torch.dtype) -> dict[str, Any]:
         return self.options | (dict(self.single) if dtype is torch.float32 else {})
@@ -98,6 +100,7 @@ METHODS: dict[str, Method] = {
         {"name": "cg", "preconditioner": {"name": "nystroem", "rank": 5}, **TIGHT}, SEMIDEFINITE, single=LOOSE
     ),
     "arnoldi": Method({"name": "arnoldi", "rank": WHOLE}),
+    "arnoldi by cupy": Method({"name": "arnoldi", "rank": WHOLE, "backend": "cupy"}, devices=("cuda",)),
     "nystroem": Method({"name": "nystroem", "rank": WHOLE}, SEMIDEFINITE),
     "lissa": Method(
         {"name": "lissa", "scale": "auto", "rtol": 3e-3, "maxiter": 20_000},

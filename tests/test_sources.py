@@ -34,6 +34,8 @@ def source(request: pytest.FixtureRequest) -> str:
     return name
 
 
+# PyTorch, of recurrent layers on a GPU.
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 @pytest.mark.parametrize("name", CASES)
 def test_equals_its_definition(name: str, source: str, device: torch.device) -> None:
     expected = cases.dense(name, source)
