@@ -211,9 +211,7 @@ def _one_by_one(
     problem: Problem, modules: Sequence[str], batch: Batch, rows: Float[Tensor, "s n ..."]
 ) -> Iterator[tuple[Use, Tensor]]:
     """Uses of modules that are applied to what all samples have in common, from one pass for each sample."""
-    tapes = [
-        record(problem, modules, take(batch, slice(n, n + 1)), twice=False) for n in range(rows.shape[1])
-    ]
+    tapes = [record(problem, modules, take(batch, slice(n, n + 1)), twice=False) for n in range(rows.shape[1])]
     pulled = [_output_gradients(problem, tape, rows[:, n : n + 1]) for n, tape in enumerate(tapes)]
     for position, uses in enumerate(zip(*(tape.uses for tape in tapes), strict=True)):
         inputs = torch.cat([of_samples(use.inputs, 1) for use in uses])

@@ -88,7 +88,8 @@ def record(
 ) -> Tape:
     """Run the model on ``batch`` with every use of ``modules`` noted; parameters but ``leaves`` are constant.
 
-    The outputs may be differentiated ``twice``, or once at most, by the backward pass. Inputs and outputs of modules that are ``expanded`` get the samples as their first dimension.
+    The outputs may be differentiated ``twice``, or once at most, by the backward pass. Inputs and outputs of
+    modules that are ``expanded`` get the samples as their first dimension.
     """
     uses: list[Use] = []
     samples = dict.fromkeys(expanded, problem.objective.size(batch))
