@@ -113,12 +113,12 @@ def lissa(setting: Setting, judge: problems.Judge, strength: float, runs: int) -
 
 
 def nystroem(setting: Setting, strength: float, runs: int, source: str) -> str:
-    """Rank 50; both sketches are of one product with 50 random vectors."""
+    """Rank 50; both sketches are of one product with 50 random vectors. Ours looks for negative curvature too."""
     net, data = setting.net, setting.data
     mode = {"hessian": SecondOrderMode.HESSIAN, "gauss_newton": SecondOrderMode.GAUSS_NEWTON}[source]
 
     def ours(batch_size: int) -> Any:
-        return setting.compose(strength, batch_size, source, name="nystroem", rank=RANK)
+        return setting.compose(strength, batch_size, source, name="nystroem", rank=RANK, oversampling=0)
 
     def peer(batch_size: int) -> Any:
         model = NystroemSketchInfluence(net, problems.LOSS, strength, RANK, second_order_mode=mode)

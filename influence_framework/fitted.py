@@ -179,9 +179,16 @@ class Fitted:
             require_capabilities(type(solver).__name__, operator, getattr(solver, "requires", ()))
         scales = {name: BlockScale(name, operator) for name, operator in operators.items()}
         strengths = absolute(scales, regularization)
-        taken = bool(getattr(solver, "takes_indefinite", False))
-        least = getattr(solver, "least_dtype", None)
-        preflight = Preflight.of(problem, parts, source, strengths, taken=taken, least_dtype=least, probe=probe)
+        preflight = Preflight.of(
+            problem,
+            parts,
+            source,
+            strengths,
+            taken=bool(getattr(solver, "takes_indefinite", False)),
+            found=bool(getattr(solver, "finds_indefinite", False)),
+            least_dtype=getattr(solver, "least_dtype", None),
+            probe=probe,
+        )
         if isinstance(solver, JointSolver):
             inverses = solver.fit_jointly(operators, strengths)
         else:

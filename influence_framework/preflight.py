@@ -62,6 +62,7 @@ class BlockPreflight:
         indefinite: Whether ``smallest`` is negative beyond rounding, where the operator is not known to be
             positive semidefinite.
         taken: Whether the solver takes negative eigenvalues.
+        found: Whether it looks for them by itself, in the curvature of all data.
     """
 
     parameters: int
@@ -71,6 +72,7 @@ class BlockPreflight:
     largest: float | None = None
     indefinite: bool = False
     taken: bool = False
+    found: bool = False
 
     @property
     def scale(self) -> float | None:
@@ -104,8 +106,8 @@ class BlockPreflight:
 
     @property
     def exceeded(self) -> bool:
-        """Whether λ does not make up for a negative eigenvalue, and the solver needs it to."""
-        if self.taken or not self.indefinite or self.smallest is None:
+        """Whether λ does not make up for a negative eigenvalue, as a solver needs that does not look for it."""
+        if self.taken or self.found or not self.indefinite or self.smallest is None:
             return False
         return self.regularization <= -self.smallest
 
@@ -150,6 +152,7 @@ class Preflight:
         regularization: Mapping[str, float],
         *,
         taken: bool = False,
+        found: bool = False,
         least_dtype: torch.dtype | None = None,
         probe: bool = True,
     ) -> Self:
@@ -158,8 +161,9 @@ class Preflight:
         Eigenvalues are Ritz values of the source's own operator on the first samples of the data: of 256 at
         most, of fewer where that would take more than one product with a sample for twelve samples of the
         data, from four to six Lanczos steps in each of the eight largest blocks (twenty where an eigenvalue is
-        negative): a few per cent of a fit of Kronecker factors. Few samples make the largest eigenvalue larger
-        than it is, and data sorted by class shows the curvature of its first classes only.
+        negative, unless the solver looks for such): a few per cent of a fit of Kronecker factors. Few samples
+        make the largest eigenvalue larger than it is, and data sorted by class shows the curvature of its
+        first classes only.
 
         Args:
             problem: The whole problem.
@@ -167,13 +171,14 @@ class Preflight:
             source: The curvature.
             regularization: λ of each block.
             taken: Whether the solver takes negative eigenvalues of ``C + λI`` (``takes_indefinite``).
+            found: Whether it looks for them by itself (``finds_indefinite``).
             least_dtype: The coarsest precision in which the solver computes, whatever that of the model.
             probe: Also what takes derivatives: parameters without effect, and eigenvalues.
         """
         dtype = problem.parameters.dtype
         precision = torch.finfo(dtype if least_dtype is None else torch.promote_types(dtype, least_dtype)).eps
         blocks = {
-            name: BlockPreflight(part.numel, regularization[name], precision, taken=taken)
+            name: BlockPreflight(part.numel, regularization[name], precision, taken=taken, found=found)
             for name, part in parts.items()
         }
         unreachable: tuple[str, ...] = ()
@@ -300,7 +305,7 @@ def _with_spectrum(block: BlockPreflight, operator: LinearOperator, steps: int) 
     negative = smallest < -NOISE * rounding * max(abs(smallest), abs(largest))
     # Asked last: some operators run the model to answer it.
     indefinite = negative and not getattr(operator, "positive_semidefinite", False)
-    if indefinite:
+    if indefinite and not block.found:
         *_, (smallest, largest) = (smallest, largest), *islice(found, CLOSER_LOOK - steps)
     return replace(block, smallest=smallest, largest=largest, indefinite=indefinite)
 

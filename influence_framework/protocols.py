@@ -379,6 +379,8 @@ class Solver(Protocol):
     - ``takes_indefinite``: ``True`` where negative eigenvalues of ``C + λI`` are no failure of the method: it
       solves such systems like any, or puts something positive definite in the place of ``C`` whatever that is.
       Nobody is warned of them beforehand; left out, a solver that meets them has to report it;
+    - ``finds_indefinite``: ``True`` where ``fit`` looks for them by itself, in the curvature of all data:
+      nobody is warned beforehand of what a sample shows;
     - ``least_dtype``: the coarsest precision in which it computes, whatever that of the operator: a λ that is
       lost in the rounding of the operator's dtype may not be in this one. Left out, that of the operator;
     - ``accuracy``: the largest relative residual ``‖b − (C + λI)x‖ / ‖b‖``, for ``‖b‖ ≥ 1``, of a

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -280,6 +281,21 @@ class TestSpectrum:
         assert block.suggested is not None
         assert block.suggested[0] >= -2 * block.smallest
 
+    def test_a_solver_that_looks_for_them_is_not_told_what_a_sample_shows(self) -> None:
+        counted = {}
+        for kind in (Pseudoinverse, Looking):
+            source = Indefinite()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                influence = small.fitted(solver=kind(), source=source, hessian_regularization=1e-3)
+            block = influence.preflight.blocks["full"]
+            assert block.indefinite
+            assert block.exceeded == (kind is Pseudoinverse)
+            told = [w for w in caught if issubclass(w.category, inf.PreflightWarning)]
+            assert bool(told) == (kind is Pseudoinverse)
+            counted[kind] = source.made[-1].products
+        assert counted == {Pseudoinverse: 20, Looking: 6}
+
     def test_a_refined_approximation_is_what_its_refiner_is(self) -> None:
         with pytest.warns(inf.PreflightWarning, match="negative eigenvalue"):
             small.fitted(solver="ekfac", refine="cg", source="hessian", hessian_regularization=1e-3)
@@ -335,6 +351,13 @@ class Taking(Pseudoinverse):
     takes_indefinite: ClassVar[bool] = True
 
 
+@dataclass(frozen=True)
+class Looking(Pseudoinverse):
+    """The same, and says that it looks for negative eigenvalues."""
+
+    finds_indefinite: ClassVar[bool] = True
+
+
 class Counted(Bare):
     samples: int = 0
 
@@ -353,6 +376,15 @@ class Counting:
         operator = Counted(torch.diag(torch.arange(parameters.numel, dtype=torch.float64)))
         operator.samples = problem.size
         self.made.append(operator)
+        return operator
+
+
+class Indefinite(Counting):
+    """Half of the eigenvalues are negative."""
+
+    def operator(self, problem: Problem, parameters: inf.ParameterSpace) -> Counted:
+        operator = super().operator(problem, parameters)
+        operator.matrix -= parameters.numel / 2 * torch.eye(parameters.numel, dtype=torch.float64)
         return operator
 
 

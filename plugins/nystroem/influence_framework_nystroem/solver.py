@@ -90,6 +90,11 @@ class NystroemSolver:
     fixed: ClassVar[bool] = True
     accuracy: ClassVar[None] = None
 
+    @property
+    def finds_indefinite(self) -> bool:
+        """Whether it looks for negative curvature."""
+        return self.checks > 0
+
     def __post_init__(self) -> None:
         if self.rank != "auto" and not _is_count(self.rank, 1):
             raise InvalidInputError(f"rank must be a positive integer or 'auto', got {self.rank!r}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import islice
 
 import torch
@@ -21,6 +21,8 @@ SLAB = 2**16
 NORM_STEPS = 10
 """Products that bring an estimate of a norm within some percent."""
 
+KEPT = 4
+"""Ritz vectors of the lowest values with which the search for the lowest eigenvalue starts."""
 
 OVERLOOKED = 0.01
 """Probability with which :func:`lanczos_steps` may be too few."""
@@ -49,7 +51,8 @@ def ritz_values(
 ) -> Iterator[Float[Tensor, " _k"]]:
     """Ascending Ritz values of ``C`` in a given space, and again with every product by which it grows.
 
-    Davidson's method for the lowest eigenpair: the space grows by its preconditioned residual. Morgan
+    Davidson's method for the lowest eigenpair: the space, of which the lowest few pairs are kept at first,
+    grows by its preconditioned residual. Morgan
     and Scott (1986), "Generalizations of Davidson's Method for Computing Eigenvalues of Sparse
     Symmetric Matrices", §2. From one vector and without a preconditioner it is the method of Lanczos,
     whose values come near to both ends of the spectrum. But for rounding, none is ever beyond them.
@@ -62,30 +65,50 @@ def ritz_values(
         projected: ``basisᵀ products``, symmetric, float64.
     """
     size, precision = basis.shape[0], torch.finfo(basis.dtype).eps
-    # In blocks, of which the first is wide: extending it would copy it every time.
-    bases, images = [basis], [products]
+    rounding = 10 * precision * torch.linalg.vector_norm(products)
+    values, vectors = torch.linalg.eigh(projected)
+    yield values
+    # The others would cost more with every step than they bring near to the end of the spectrum.
+    kept = vectors[:, :KEPT].to(basis.dtype)
+    held, images = _Columns(basis @ kept), _Columns(products @ kept)
+    projected = vectors[:, :KEPT].T @ projected @ vectors[:, :KEPT]
+    values, vectors = torch.linalg.eigh(projected)
     while True:
+        lowest = vectors[:, :1].to(basis.dtype)
+        residual = images.all @ lowest - values[0].item() * (held.all @ lowest)
+        if torch.linalg.vector_norm(residual) <= rounding or len(projected) == size:
+            return
+        held.append(_orthonormal(precondition(residual), held.all))
+        images.append(apply(held.all[:, -1:]))
+        border = (held.all.T @ images.all[:, -1:]).double()
+        projected = torch.cat([torch.cat([projected, border[:-1]], dim=1), border.T])
         values, vectors = torch.linalg.eigh(projected)
         yield values
-        lowest = vectors[:, :1].to(basis.dtype).split([block.shape[1] for block in bases])
-        residual = _combination(images, lowest) - values[0].item() * _combination(bases, lowest)
-        exact = torch.linalg.vector_norm(residual) <= 10 * precision * torch.linalg.vector_norm(products)
-        if exact or len(projected) == size:
-            return
-        fresh = precondition(residual)
-        for _ in range(2):
-            fresh = fresh / torch.linalg.vector_norm(fresh)
-            for block in bases:
-                fresh = fresh - block @ (block.T @ fresh)
-        fresh = fresh / torch.linalg.vector_norm(fresh)
-        bases.append(fresh)
-        images.append(apply(fresh))
-        border = torch.cat([block.T @ images[-1] for block in bases]).double()
-        projected = torch.cat([torch.cat([projected, border[:-1]], dim=1), border.T])
 
 
-def _combination(blocks: Sequence[Tensor], coefficients: Sequence[Tensor]) -> Float[Tensor, "P 1"]:
-    return torch.stack([block @ part for block, part in zip(blocks, coefficients, strict=True)]).sum(0)
+class _Columns:
+    """A matrix that grows by columns, beside room that doubles when it is full."""
+
+    def __init__(self, first: Float[Tensor, "P k"]) -> None:
+        self._rows, self._count = first.T.contiguous(), first.shape[1]
+
+    @property
+    def all(self) -> Float[Tensor, "P k"]:
+        return self._rows[: self._count].T
+
+    def append(self, column: Float[Tensor, "P 1"]) -> None:
+        if self._count == len(self._rows):
+            self._rows = torch.cat([self._rows, torch.empty_like(self._rows)])
+        self._rows[self._count] = column[:, 0]
+        self._count += 1
+
+
+def _orthonormal(column: Float[Tensor, "P 1"], basis: Float[Tensor, "P k"]) -> Float[Tensor, "P 1"]:
+    """What ``column`` has beyond the span of ``basis``, of norm one."""
+    for _ in range(2):
+        column = column / torch.linalg.vector_norm(column)
+        column = torch.addmm(column, basis, basis.T @ column, alpha=-1)
+    return column / torch.linalg.vector_norm(column)
 
 
 def lanczos_steps(size: int, fraction: float) -> int:
