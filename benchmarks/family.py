@@ -113,7 +113,7 @@ def lissa(setting: Setting, judge: problems.Judge, strength: float, runs: int) -
 
 
 def nystroem(setting: Setting, strength: float, runs: int, source: str) -> str:
-    """Rank 50; both sketches are of one product with 50 random vectors. Ours looks for negative curvature too."""
+    """Rank 50; both sketch by one product with 50 random vectors. Ours looks for negative curvature too."""
     net, data = setting.net, setting.data
     mode = {"hessian": SecondOrderMode.HESSIAN, "gauss_newton": SecondOrderMode.GAUSS_NEWTON}[source]
 

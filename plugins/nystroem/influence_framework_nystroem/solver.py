@@ -30,8 +30,8 @@ from influence_framework_nystroem.spectrum import NORM_STEPS, Apply, lanczos_ste
 FIRST_RANK = 32
 """Where the search for a rank starts; it doubles from there."""
 
-CLOSER_LOOK = 10
-"""Further products once a negative eigenvalue is seen: they bring the estimate of it within a small factor."""
+CLOSER_LOOK = 8
+"""Further products at least once a negative eigenvalue is seen: the first show hardly more than its sign."""
 
 NEGLIGIBLE = 1e-3
 """A negative eigenvalue below this fraction of λ changes the inverse by less than a sketch gets wrong."""
@@ -269,7 +269,7 @@ class NystroemSolver:
         for values in ritz_values(apply, precondition, sketch.test, sketch.product, sketch.core):
             lowest = values[0].item()
             if not found and lowest < -negligible:
-                products, found = CLOSER_LOOK, True
+                products, found = max(products, CLOSER_LOOK), True
             if not products:
                 break
             products -= 1
