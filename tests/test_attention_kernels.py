@@ -1,4 +1,4 @@
-"""Attention: the kernel of training where a pass differentiates once, else one with second derivatives."""
+"""Passes that differentiate once take the attention kernel of training, which has no second derivative."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def points(n: int, seed: int) -> tuple[Tensor, Tensor]:
     return x, torch.randint(CLASSES, (n,), generator=generator)
 
 
-def fitted(solver: Any, source: str) -> Any:
+def scores(solver: Any, source: str) -> Tensor:
     torch.manual_seed(0)
     model = inf.compose(
         Attention().double().eval(),
@@ -61,11 +61,7 @@ def fitted(solver: Any, source: str) -> Any:
         hessian_regularization=0.1,
         preflight=False,
     )
-    return model.fit([points(7, 0), points(4, 1)])
-
-
-def scores(solver: Any, source: str) -> Tensor:
-    result: Tensor = fitted(solver, source).influences(*points(3, 2), *points(5, 3))
+    result: Tensor = model.fit([points(7, 0), points(4, 1)]).influences(*points(3, 2), *points(5, 3))
     return result
 
 
@@ -81,14 +77,3 @@ def test_kronecker_factors_use_the_kernel_of_training(samples: Any, monkeypatch:
         expected = scores(solver, "gauss_newton")
     assert plain.counts[FORWARD] == 0
     assert_close(fused, expected, 1e-10)
-
-
-@pytest.mark.parametrize("source", ["hessian", "gauss_newton"])
-def test_products_do_not(source: str) -> None:
-    problem = fitted("cg", source).fitted.problem
-    operator = inf.hessian_sources[source].cls().operator(problem, problem.parameters)
-    with Calls() as calls:
-        product = operator @ torch.ones(problem.parameters.numel, 2, dtype=torch.float64)
-    assert torch.isfinite(product).all()
-    assert calls.counts[BACKWARD] == 0
-    assert calls.counts["aten.mm.default"] > 0
