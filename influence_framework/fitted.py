@@ -185,7 +185,7 @@ class Fitted:
             source,
             strengths,
             taken=bool(getattr(solver, "takes_indefinite", False)),
-            found=bool(getattr(solver, "finds_indefinite", False)),
+            sought=bool(getattr(solver, "finds_indefinite", False)),
             least_dtype=getattr(solver, "least_dtype", None),
             probe=probe,
         )

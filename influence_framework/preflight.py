@@ -62,7 +62,7 @@ class BlockPreflight:
         indefinite: Whether ``smallest`` is negative beyond rounding, where the operator is not known to be
             positive semidefinite.
         taken: Whether the solver takes negative eigenvalues.
-        found: Whether it looks for them by itself, in the curvature of all data.
+        sought: Whether it looks for them by itself, in the curvature of all data.
     """
 
     parameters: int
@@ -72,7 +72,7 @@ class BlockPreflight:
     largest: float | None = None
     indefinite: bool = False
     taken: bool = False
-    found: bool = False
+    sought: bool = False
 
     @property
     def scale(self) -> float | None:
@@ -85,10 +85,12 @@ class BlockPreflight:
     def suggested(self) -> tuple[float, float] | None:
         """λ between which ``C`` decides and rounding does not; ``None`` where ``C`` is zero or not looked at.
 
+        ``None`` too where the solver has to say it, which looks for the negative eigenvalues by itself.
+
         From ``√eps`` of the largest eigenvalue, or from twice the magnitude of a negative one if that is
         more, up to the largest eigenvalue, or twice the lower end.
         """
-        if not self.scale:
+        if not self.scale or (self.indefinite and self.sought):
             return None
         negative = -2 * self.smallest if self.indefinite and self.smallest is not None else 0.0
         low = max(self.precision**0.5 * self.scale, negative)
@@ -107,7 +109,7 @@ class BlockPreflight:
     @property
     def exceeded(self) -> bool:
         """Whether λ does not make up for a negative eigenvalue, as a solver needs that does not look for it."""
-        if self.taken or self.found or not self.indefinite or self.smallest is None:
+        if self.taken or self.sought or not self.indefinite or self.smallest is None:
             return False
         return self.regularization <= -self.smallest
 
@@ -152,7 +154,7 @@ class Preflight:
         regularization: Mapping[str, float],
         *,
         taken: bool = False,
-        found: bool = False,
+        sought: bool = False,
         least_dtype: torch.dtype | None = None,
         probe: bool = True,
     ) -> Self:
@@ -171,14 +173,14 @@ class Preflight:
             source: The curvature.
             regularization: λ of each block.
             taken: Whether the solver takes negative eigenvalues of ``C + λI`` (``takes_indefinite``).
-            found: Whether it looks for them by itself (``finds_indefinite``).
+            sought: Whether it looks for them by itself (``finds_indefinite``).
             least_dtype: The coarsest precision in which the solver computes, whatever that of the model.
             probe: Also what takes derivatives: parameters without effect, and eigenvalues.
         """
         dtype = problem.parameters.dtype
         precision = torch.finfo(dtype if least_dtype is None else torch.promote_types(dtype, least_dtype)).eps
         blocks = {
-            name: BlockPreflight(part.numel, regularization[name], precision, taken=taken, found=found)
+            name: BlockPreflight(part.numel, regularization[name], precision, taken=taken, sought=sought)
             for name, part in parts.items()
         }
         unreachable: tuple[str, ...] = ()
@@ -217,9 +219,17 @@ class Preflight:
         return found
 
     def at(self, regularization: Mapping[str, float]) -> Self:
-        """The same findings at another λ per block, with the warnings that go with it."""
+        """The same findings at another λ per block, with the warnings that go with it.
+
+        What a solver sought by itself was what matters at the λ of its fit, and at a larger one.
+        """
         blocks = {
-            name: replace(block, regularization=regularization[name]) for name, block in self.blocks.items()
+            name: replace(
+                block,
+                regularization=regularization[name],
+                sought=block.sought and regularization[name] >= block.regularization,
+            )
+            for name, block in self.blocks.items()
         }
         found = replace(self, blocks=blocks)
         found._warn_of_regularization()
@@ -305,7 +315,7 @@ def _with_spectrum(block: BlockPreflight, operator: LinearOperator, steps: int) 
     negative = smallest < -NOISE * rounding * max(abs(smallest), abs(largest))
     # Asked last: some operators run the model to answer it.
     indefinite = negative and not getattr(operator, "positive_semidefinite", False)
-    if indefinite and not block.found:
+    if indefinite and not block.sought:
         *_, (smallest, largest) = (smallest, largest), *islice(found, CLOSER_LOOK - steps)
     return replace(block, smallest=smallest, largest=largest, indefinite=indefinite)
 

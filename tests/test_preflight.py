@@ -294,7 +294,16 @@ class TestSpectrum:
             told = [w for w in caught if issubclass(w.category, inf.PreflightWarning)]
             assert bool(told) == (kind is Pseudoinverse)
             counted[kind] = source.made[-1].products
+            assert (block.suggested is None) == (kind is Looking)
         assert counted == {Pseudoinverse: 20, Looking: 6}
+
+    def test_what_was_sought_at_one_regularization_says_nothing_at_a_smaller_one(self) -> None:
+        influence = small.fitted(solver=Looking(), source=Indefinite(), hessian_regularization=1e-2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", inf.PreflightWarning)
+            influence.with_regularization(2e-2)
+        with pytest.warns(inf.PreflightWarning, match="negative eigenvalue"):
+            influence.with_regularization(1e-3)
 
     def test_a_refined_approximation_is_what_its_refiner_is(self) -> None:
         with pytest.warns(inf.PreflightWarning, match="negative eigenvalue"):

@@ -185,13 +185,13 @@ def _agrees(form: MatrixForm, first: MatrixForm) -> bool:
 
 def _refuted(problem: Problem, parameters: ParameterSpace, layers: list[Layer]) -> list[Layer]:
     """The layers whose gradients are not what autograd finds, for a random cotangent of the outputs."""
-    generator = torch.Generator("cpu").manual_seed(0)
     cotangents: list[Tensor] = []
 
     def rows(outputs: Tensor, _: Batch) -> Tensor:
-        drawn = torch.randn(outputs.shape, generator=generator, dtype=torch.float64, device="cpu")
-        cotangents.append(drawn.to(outputs.device, outputs.dtype))
-        return cotangents[0][None]
+        generator = torch.Generator(outputs.device).manual_seed(0)
+        drawn = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device)
+        cotangents.append(drawn)
+        return drawn[None]
 
     pair = take(problem.example, slice(0, 2))
     recorded = Recorded.of(problem, layers, pair, rows)
@@ -200,7 +200,7 @@ def _refuted(problem: Problem, parameters: ParameterSpace, layers: list[Layer]) 
     for i in range(problem.objective.size(pair)):
         sample = slice(i, i + 1)
         with torch.enable_grad():
-            outputs = problem.outputs(leaves, take(pair, sample))
+            outputs = problem.outputs(leaves, take(pair, sample), twice=False)
         gradients = gradients_of(outputs, list(leaves.values()), cotangents[0][sample], keep_graph=False)
         truth.append(parameters.flatten(dict(zip(leaves, gradients, strict=True))))
     expected = torch.stack(truth)

@@ -92,8 +92,8 @@ class NystroemSolver:
 
     @property
     def finds_indefinite(self) -> bool:
-        """Whether it looks for negative curvature."""
-        return self.checks > 0
+        """Whether it looks for negative curvature, with no fewer checks than it does unless told."""
+        return self.checks >= NystroemSolver.checks
 
     def __post_init__(self) -> None:
         if self.rank != "auto" and not _is_count(self.rank, 1):

@@ -24,6 +24,9 @@ NORM_STEPS = 10
 KEPT = 4
 """Ritz vectors of the lowest values with which the search for the lowest eigenvalue starts."""
 
+ROOM = 8
+"""Columns by which a basis is made longer."""
+
 OVERLOOKED = 0.01
 """Probability with which :func:`lanczos_steps` may be too few."""
 
@@ -68,6 +71,8 @@ def ritz_values(
     rounding = 10 * precision * torch.linalg.vector_norm(products)
     values, vectors = torch.linalg.eigh(projected)
     yield values
+    if basis.shape[1] == size:
+        return
     # The others would cost more with every step than they bring near to the end of the spectrum.
     kept = vectors[:, :KEPT].to(basis.dtype)
     held, images = _Columns(basis @ kept), _Columns(products @ kept)
@@ -87,7 +92,7 @@ def ritz_values(
 
 
 class _Columns:
-    """A matrix that grows by columns, beside room that doubles when it is full."""
+    """A matrix that grows by columns, with room for a few more."""
 
     def __init__(self, first: Float[Tensor, "P k"]) -> None:
         self._rows, self._count = first.T.contiguous(), first.shape[1]
@@ -98,7 +103,9 @@ class _Columns:
 
     def append(self, column: Float[Tensor, "P 1"]) -> None:
         if self._count == len(self._rows):
-            self._rows = torch.cat([self._rows, torch.empty_like(self._rows)])
+            longer = self._rows.new_empty(self._count + ROOM, self._rows.shape[1])
+            longer[: self._count] = self._rows
+            self._rows = longer
         self._rows[self._count] = column[:, 0]
         self._count += 1
 
@@ -108,7 +115,8 @@ def _orthonormal(column: Float[Tensor, "P 1"], basis: Float[Tensor, "P k"]) -> F
     for _ in range(2):
         column = column / torch.linalg.vector_norm(column)
         column = torch.addmm(column, basis, basis.T @ column, alpha=-1)
-    return column / torch.linalg.vector_norm(column)
+    unit: Tensor = column / torch.linalg.vector_norm(column)
+    return unit
 
 
 def lanczos_steps(size: int, fraction: float) -> int:

@@ -179,3 +179,22 @@ def test_the_full_space_knows_the_most_negative_eigenvalue(checks: int) -> None:
     with pytest.warns(IndefiniteOperatorWarning):
         inverse = NystroemSolver(rank=31, checks=checks).fit(DenseOperator(matrix), LAMBDA)
     assert inverse.lowest == pytest.approx(-2e-3, rel=1e-9)
+
+
+@pytest.mark.parametrize(("checks", "sought"), [(0, False), (1, False), (32, True), (100, True)])
+def test_only_with_checks_enough_it_looks_in_place_of_others(checks: int, sought: bool) -> None:
+    assert NystroemSolver(checks=checks).finds_indefinite is sought
+
+
+class Inexact(ProductsOnly):
+    """Products of a coarser precision than their dtype's, as those of TF32."""
+
+    def __matmul__(self, columns: torch.Tensor) -> torch.Tensor:
+        product = super().__matmul__(columns)
+        return product + 1e-10 * product.abs().max() * torch.sin(1e3 * columns)
+
+
+def test_a_sketch_of_the_whole_space_needs_no_checks() -> None:
+    operator = Inexact(with_spectrum(torch.linspace(10, 1, 40)))
+    NystroemSolver(rank=40, oversampling=10).fit(operator, LAMBDA)
+    assert operator.widths == [40]
