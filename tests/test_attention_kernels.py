@@ -67,7 +67,7 @@ def scores(solver: Any, source: str) -> Tensor:
 
 # Exact rows are pulled back ten at a time, by one backward pass for all.
 @pytest.mark.parametrize("samples", ["exact", 1])
-def test_kronecker_factors_use_the_kernel_of_training(samples: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kronecker_factors_use_the_kernel_of_training(samples: Any) -> None:
     solver = {"name": "ekfac", "samples": samples}
     with Calls() as calls:
         fused = scores(solver, "gauss_newton")

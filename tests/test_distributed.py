@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,8 +13,7 @@ from torch import nn
 import influence_framework as inf
 from influence_framework.attribution import TorchDistributedExecutor
 from tests import distributed_program as program
-
-ROOT = Path(__file__).parents[1]
+from tests.torchrun import found_by
 
 
 @pytest.fixture(scope="module")
@@ -29,17 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(folder: Path) -> list[dict[str, Any]]:
     """What each of two processes has found."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ended = subprocess.run(
-        [*command, "-m", "tests.distributed_program", str(folder)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr[-4000:]
-    return [pickle.loads((folder / f"{number}.pickle").read_bytes()) for number in range(2)]
+    return found_by(2, "tests.distributed_program", folder)
 
 
 @cache

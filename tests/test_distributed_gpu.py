@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +10,8 @@ import torch
 
 from tests import distributed_program as program
 from tests.gpu_program import on_gpu
+from tests.torchrun import found_by
 
-ROOT = Path(__file__).parents[1]
 SCORES = ("influences", "matrix", "top_k", "self")
 
 if torch.cuda.is_available():
@@ -26,17 +23,7 @@ if torch.cuda.is_available():
         [("cuda:nccl", GPUS), ("cpu:gloo,cuda:nccl", GPUS), ("cpu:gloo,cuda:gloo", 2)],
     )
     def test_on_gpus_the_results_are_those_of_one_process(backend: str, count: int, tmp_path: Path) -> None:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-        ended = subprocess.run(
-            [*command, "-m", "tests.gpu_program", str(tmp_path), backend],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert ended.returncode == 0, ended.stderr[-4000:]
-        found = [pickle.loads((tmp_path / f"{number}.pickle").read_bytes()) for number in range(count)]
+        found = found_by(count, "tests.gpu_program", tmp_path, backend)
         for name, case in program.SOLVERS.items():
             with on_gpu(0):
                 alone = case("sequential")

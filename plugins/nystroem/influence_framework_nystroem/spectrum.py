@@ -55,10 +55,10 @@ def ritz_values(
     """Ascending Ritz values of ``C`` in a given space, and again with every product by which it grows.
 
     Davidson's method for the lowest eigenpair: the space, of which the lowest few pairs are kept at first,
-    grows by its preconditioned residual. Morgan
-    and Scott (1986), "Generalizations of Davidson's Method for Computing Eigenvalues of Sparse
-    Symmetric Matrices", §2. From one vector and without a preconditioner it is the method of Lanczos,
-    whose values come near to both ends of the spectrum. But for rounding, none is ever beyond them.
+    grows by its preconditioned residual. Morgan and Scott (1986), "Generalizations of Davidson's Method for
+    Computing Eigenvalues of Sparse Symmetric Matrices", §2. From one vector and without a preconditioner it
+    is the method of Lanczos, whose values come near to both ends of the spectrum. But for rounding, none is
+    ever beyond them.
 
     Args:
         apply: The product with ``C``.

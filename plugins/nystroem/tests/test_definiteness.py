@@ -198,3 +198,14 @@ def test_a_sketch_of_the_whole_space_needs_no_checks() -> None:
     operator = Inexact(with_spectrum(torch.linspace(10, 1, 40)))
     NystroemSolver(rank=40, oversampling=10).fit(operator, LAMBDA)
     assert operator.widths == [40]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_small_negative_eigenvalue_leaves_as_many_checks_as_a_larger_one_needs(seed: int) -> None:
+    # Seen in the sketch already, and not what the search is for.
+    negative, between = torch.full((360,), -0.4 * LAMBDA), torch.full((30,), 40 * LAMBDA)
+    operator = ProductsOnly(with_spectrum(torch.cat([torch.linspace(10, 1, 10), between, negative])))
+    with pytest.warns(IndefiniteOperatorWarning):
+        NystroemSolver(rank=20, oversampling=0, seed=seed).fit(operator, LAMBDA)
+    # The search ends where it has converged; 28 products is what the spectrum asks for.
+    assert len(operator.widths) - 1 >= 15
