@@ -4,9 +4,8 @@ kronfluence is compared on the empirical Fisher, where nothing is random and sco
 over a batch, divides second moments by the number of samples, adds its damping to the eigenvalues and gives
 ``+g_testᵀ (C + λI)⁻¹ g``: the normalisation and sign of this framework.
 
-pydvl is compared on the Fisher information, of which it has its own notion: it draws no label and takes the
-gradient of ``Σ_c √p_c log p_c`` with ``√p`` held constant. Its scores must agree where the framework is given
-these pseudo-gradients too.
+pydvl is compared on the Fisher information, of which it has its own notion. Its scores must agree where the
+framework is given its pseudo-gradients too.
 """
 
 from __future__ import annotations
@@ -23,19 +22,13 @@ import torch
 from analyzer import IN_MEMORY, Kronfluence
 from common import HEADER, quickest, relative_error, row
 from kronfluence.task import Task
+from pseudo_gradients import PydvlFisher
 from pydvl.influence.torch import EkfacInfluence
 from timing import paired
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import influence_framework as inf
-from influence_framework.layers.statistics import Rows
-from influence_framework.sources.empirical_fisher import (
-    EmpiricalFisher,
-    EmpiricalFisherOperator,
-    fisher_at_layers,
-    fisher_product,
-)
 
 WIDTHS = [64, 1024, 512, 10]
 
@@ -86,30 +79,6 @@ def against_kronfluence(setting: Setting, sizes: Sequence[int], runs: int) -> st
         off = relative_error(setting.ours(mine), peer.run(theirs))
     notes = f"batch {mine}, scores differ by {off:.0e}", f"batches {', '.join(map(str, theirs))}"
     return row(f"{setting.what}, λ = {setting.strength:.2g}", pairing, *notes)
-
-
-def pydvl_rows(_problem: inf.Problem, _samples: Any, _generator: torch.Generator) -> Rows:
-    """pydvl's pseudo-gradients: of ``Σ_c √p_c log p_c`` with ``√p`` held constant."""
-
-    def rows(outputs: Tensor, _batch: Any) -> Tensor:
-        p = outputs.softmax(1)
-        return (p.sqrt() - p * p.sqrt().sum(1, keepdim=True))[None]
-
-    return rows
-
-
-class PydvlFisher(EmpiricalFisher):
-    """The curvature that pydvl approximates."""
-
-    def operator(self, problem: inf.Problem, parameters: inf.ParameterSpace) -> inf.LinearOperator:
-        return EmpiricalFisherOperator(
-            problem,
-            parameters,
-            fisher_product,
-            fisher_at_layers,
-            pydvl_rows,
-            keep_graphs=self.precompute_grad,
-        )
 
 
 def pydvl_scores(setting: Setting, size: int) -> Tensor:
