@@ -17,7 +17,8 @@ import torch
 from ekfac import WIDTHS, Setting, dense
 from matplotlib.figure import Figure
 from timing import Spread, seconds
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "ekfac_scaling.png"
 
@@ -72,17 +73,38 @@ def memory(which: str) -> float:
     return int(kilobytes) * 1024 / 1e6
 
 
+@register_flop_formula(torch.ops.aten._linalg_eigh)
 def _eigh_flops(shape: Sequence[int], *_args: Any, **_kwargs: Any) -> int:
     """About 9 n³ with eigenvectors; Golub and Van Loan, "Matrix Computations", §8.3."""
     *batch, size, _ = shape
     return 9 * size**3 * prod(batch)
 
 
+class Counter(TorchDispatchMode):
+    """Adds up the flops of matrix products and eigendecompositions.
+
+    ``FlopCounterMode`` also hooks modules to tell them apart, and some derivatives cannot be taken with these
+    hooks in place.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func.overloadpacket)
+        self.total += 0 if formula is None else formula(*args, **(kwargs or {}), out_val=found)
+        return found
+
+
 def flops(work: Callable[[], object]) -> int:
     """Of matrix products and eigendecompositions."""
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._linalg_eigh: _eigh_flops}) as counter:
+    with Counter() as counter:
         work()
-    return int(counter.get_total_flops())
+    return counter.total
 
 
 def draw_scaling(data: problems.Digits, strength: float, runs: int) -> None:
