@@ -19,6 +19,9 @@ from influence_framework.problem import TRIAL, Problem
 from influence_framework.protocols import HessianSource, LinearOperator
 from influence_framework.solving import warn_caller
 
+LEAST = 4
+"""Samples, and Lanczos steps in a block, at least."""
+
 SAMPLES = 256
 """Samples at most whose curvature stands for that of all data."""
 
@@ -189,6 +192,8 @@ class Preflight:
         if probe:
             chosen = sorted(parts, key=lambda name: -parts[name].numel)[:BLOCKS]
             steps = min(STEPS, PRODUCTS // len(chosen))
+            if _affordable(problem, steps * len(chosen)) == LEAST:
+                steps = LEAST  # a product with the fewest samples is a good part of a pass over the data
             count = _affordable(problem, steps * len(chosen))
             few = problem.first(max(count, TRIAL))
             unreachable, idle = without_effect(few.first(TRIAL))
@@ -305,7 +310,7 @@ def _listed(names: Sequence[str], most: int = 8) -> str:
 def _affordable(problem: Problem, products: int) -> int:
     """Samples with which so many products cost little beside any fit."""
     free = FREE_FLOPS // (products * max(1, problem.sample_flops))
-    return min(SAMPLES, max(4, free, problem.size // (SHARE * products)))
+    return min(SAMPLES, max(LEAST, free, problem.size // (SHARE * products)))
 
 
 def _with_spectrum(block: BlockPreflight, operator: LinearOperator, steps: int) -> BlockPreflight:

@@ -188,11 +188,16 @@ def _output_gradients(problem: Problem, tape: Tape, rows: Float[Tensor, "s n ...
     step = rows_at_once(rows.device, problem.sample_bytes * rows.shape[1], problem.memory_budget)
     parts = [pull_back([tape.outputs], tape.shifts, [part]) for part in rows.split(step)]
     return [
-        torch.cat([use.shift.new_zeros(1, *use.shift.shape).expand(len(rows), *use.shift.shape)])
+        use.shift.new_zeros(len(rows), *use.shift.shape)
         if pieces[0] is None
-        else torch.cat([piece for piece in pieces if piece is not None])
+        else _one([piece for piece in pieces if piece is not None])
         for use, pieces in zip(tape.uses, zip(*parts, strict=True), strict=True)
     ]
+
+
+def _one(pieces: Sequence[Tensor]) -> Tensor:
+    """All pieces, one after the other; a single one as it is."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
 
 
 def _in_form(

@@ -107,7 +107,8 @@ def _noting(
             (inputs, *_) = (*args, *kwargs.values())
             if name in samples:
                 inputs, output = (of_samples(part, samples[name]) for part in (inputs, output))
-            shift = torch.zeros_like(output, requires_grad=True)
+            # One number of memory: the zeros of all outputs would be written, read and held.
+            shift = output.new_zeros(()).expand(output.shape).requires_grad_()
             uses.append(Use(name, inputs, shift))
             return output + shift
 

@@ -127,7 +127,7 @@ def gram(rows: Float[Tensor, "g n i"]) -> Float[Tensor, "g i i"]:
     width = rows.shape[2]
     if width < 4 * PANEL:
         return rows.mT @ rows
-    panel = max(PANEL, -(-width // 8))
+    panel = max(PANEL, -(-width // 4))
     total = rows.new_empty(rows.shape[0], width, width)
     for start in range(0, width, panel):
         part = slice(start, start + panel)
@@ -183,7 +183,8 @@ class Covariances:
         inner += self._sum(inputs.flatten(1, 2))
 
     def _sum(self, rows: Float[Tensor, "g n i"]) -> Float[Tensor, "g i i"]:
-        largest = float(torch.linalg.vector_norm(rows, torch.inf)) if rows.numel() else 0.0
+        # Several times faster than the maximum norm.
+        largest = max(abs(float(end)) for end in torch.aminmax(rows)) if rows.numel() else 0.0
         # Beyond these bounds squares would overflow in single precision, or vanish.
         own = compute_dtype(rows.dtype) if SMALLEST < largest < LARGEST else self.dtype
         dtype = torch.float32 if self.dtype is torch.float32 else own
