@@ -165,8 +165,9 @@ class Preflight:
 
         Eigenvalues are Ritz values of the source's own operator on the first samples of the data: of 256 at
         most, of fewer where that would take more than one product with a sample for twelve samples of the
-        data, from four to six Lanczos steps in each of the eight largest blocks (twenty where an eigenvalue is
-        negative, unless the solver looks for such): a few per cent of a fit of Kronecker factors. Few samples
+        data, but of four at least, from four to six Lanczos steps in each of the eight largest blocks (twenty
+        where an eigenvalue is negative, unless the solver looks for such): a few per cent of a fit of
+        Kronecker factors with some hundreds of samples for a block. Few samples
         make the largest eigenvalue larger than it is, and data sorted by class shows the curvature of its
         first classes only.
 

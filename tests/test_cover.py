@@ -66,6 +66,24 @@ class PositionFirst(nn.Module):
         return logits
 
 
+class Sensitivity(nn.Module):
+    """Returns the derivative of a net with respect to its input, taken by ``torch.func`` in the forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.middle = nn.Linear(4, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def net(points: Tensor) -> Tensor:
+            found: Tensor = self.middle(torch.tanh(self.first(points)))
+            return found
+
+        _, tangent = torch.func.jvp(net, (x,), (torch.ones_like(x),))
+        logits: Tensor = self.last(tangent)
+        return logits
+
+
 class Scaled(nn.Module):
     """A layer of nobody's: a weight for every feature."""
 
@@ -163,6 +181,20 @@ def test_uses_add_up_and_shared_weights_are_one_layer() -> None:
     places = torch.cat([layer.form.places.flatten() for layer in covered.layers])
     assert places.sort().values.tolist() == list(range(problem.parameters.numel))
     check_gradients(problem, data, covered)
+
+
+# What torch loads for forward mode.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_layers_within_a_derivative_do_not_stop_the_others() -> None:
+    model = Sensitivity()
+    problem, data, covered = build(model)
+    assert "last" in [layer.name for layer in covered.layers]
+    check_gradients(problem, data, covered)
+    fitted = inf.compose(model, LOSS, solver="direct", hessian_regularization=1e-2).fit([data])
+    dense = reference.gauss_newton(model, LOSS, [data])
+    inverse = torch.linalg.inv(dense + 1e-2 * torch.eye(len(dense), dtype=torch.float64))
+    gradients = reference.gradients(model, LOSS, [data])
+    assert_close(fitted.influences(*data, *data), reference.up_scores(inverse, gradients, gradients), 1e-8)
 
 
 def test_a_layer_on_other_than_samples_is_refused() -> None:

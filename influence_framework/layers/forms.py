@@ -60,7 +60,10 @@ class MatrixForm(ABC):
 
     @abstractmethod
     def output_gradients(self, x: Tensor, gradients: Tensor) -> Float[Tensor, "s g n t o"]:
-        """``δ`` of ``s`` draws, for gradients with respect to the module's output, ``(s, n, …)``."""
+        """``δ`` of ``s`` draws, for gradients with respect to the module's output, ``(s, n, …)``.
+
+        These may be strided, and share memory with those of other modules: nothing is written into them.
+        """
 
 
 def _check_names(module: nn.Module, places: Mapping[str, Tensor]) -> None:

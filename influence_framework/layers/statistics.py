@@ -36,7 +36,8 @@ class LayerBatch:
 
     Attributes:
         inputs: ``ā``, ``(g, n, t, e)``; or ``(n, t)`` with the indices of unit vectors ``ā``.
-        output_gradients: ``δ``, ``(s, g, n, t, o)``.
+        output_gradients: ``δ``, ``(s, g, n, t, o)``; as ``inputs``, it may be strided and share memory with
+            other layers', so that nothing is written into it.
         columns: ``e``.
         present: Which positions count, where some are padding: their ``δ`` is zero, and so is ``ā`` unless it
             is an index. ``None`` where all do.

@@ -108,7 +108,8 @@ def _noting(
             if name in samples:
                 inputs, output = (of_samples(part, samples[name]) for part in (inputs, output))
             # One number of memory: the zeros of all outputs would be written, read and held.
-            shift = output.new_zeros(()).expand(output.shape).requires_grad_()
+            with torch.enable_grad():
+                shift = output.new_zeros((), requires_grad=True).expand(output.shape)
             uses.append(Use(name, inputs, shift))
             return output + shift
 
