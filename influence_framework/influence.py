@@ -358,9 +358,9 @@ class TorchInfluenceFunctionModel(ComposedModel):
             InvalidInputError: Factors of another model, or what does not fit, with the remedy.
         """
         fitted = self.fitted
-        train = checked_points(fitted, x, y, "training points")
+        train = checked_points(fitted, x, y, "training points", outputs=not factors.layers)
         with random_state_kept():
-            return scores_of(fitted, factors, train)
+            return scores_of(fitted, factors, train).to(fitted.problem.parameters.dtype)
 
     @advises_on_memory(points=True)
     def influences_from_factors_by_block(

@@ -159,7 +159,7 @@ class LayerScorer:
 
     def _sides(self, batch: Batch, problem: Problem) -> dict[str, Any]:
         every = [layer for layers in self.layers.values() for layer in layers]
-        found = layer_batch(problem, every, batch, partial(_checked_gradients, problem))
+        found = layer_batch(problem, every, batch, partial(checked_gradients, problem))
         size = self.problem.objective.size(batch)
         return {
             name: inverse.side({x.name: found[x] for x in self.layers[name] if x in found}, size)
@@ -193,7 +193,7 @@ def nbytes(sides: Sides) -> int:
     return sum(side.nbytes for side in sides.values())
 
 
-def _checked_gradients(problem: Problem, outputs: Tensor, batch: Batch) -> Tensor:
+def checked_gradients(problem: Problem, outputs: Tensor, batch: Batch) -> Tensor:
     """Gradients of the losses in the outputs, of points whose outputs nobody has looked at yet."""
     problem.judged(outputs, batch, "points")
     return true_gradients(problem)(outputs, batch)

@@ -16,7 +16,6 @@ from influence_framework.attribution.outputs import Matrix, Output, resolve_outp
 from influence_framework.attribution.queries import Preparation, SelfScores, points_at_once
 from influence_framework.data import Batch, leaves, nbytes, one_pass, random_state, random_state_kept
 from influence_framework.errors import InvalidInputError
-from influence_framework.fitted import Fitted
 from influence_framework.influence import TorchInfluenceFunctionModel
 from influence_framework.parameters import Blocks
 from influence_framework.problem import Problem
@@ -80,6 +79,7 @@ def plan(
     test: Iterable[Any] | None = None,
     *,
     output: Any = "matrix",
+    query_rank: int | None = None,
     store: bool = False,
 ) -> Plan:
     """What ``model.fit(train)`` will take; or, of a fitted model, ``inf.attribute(model, test, train)``.
@@ -91,6 +91,7 @@ def plan(
         train: The training data.
         test: The test points of scores.
         output: What will be kept of them, as for ``inf.attribute``.
+        query_rank: What factors of the test points will be compressed to, as for ``inf.attribute``.
         store: Whether they will be written to disk.
 
     Returns:
@@ -102,7 +103,7 @@ def plan(
     """
     with random_state_kept():
         if model.is_fitted:
-            return _of_scores(model, train, test, resolve_output(output), store=store)
+            return _of_scores(model, train, test, resolve_output(output), query_rank, store=store)
         if test is not None:
             raise InvalidInputError("The model is not fitted: plan the fit first, without test points.")
         return _of_fit(model, train)
@@ -148,6 +149,7 @@ def _of_scores(
     train: Iterable[Any],
     test: Iterable[Any] | None,
     output: Output,
+    query_rank: int | None,
     *,
     store: bool,
 ) -> Plan:
@@ -161,11 +163,12 @@ def _of_scores(
         rows, what = 1, f"Scores of {columns} training points"
         seconds = _timed(lambda: SelfScores(fitted)(block), problem) / len(block) * columns
     else:
-        rows, most = _count(test), points_at_once(fitted)
+        rows, most = _count(test), points_at_once(fitted, query_rank)
         at_once = min(rows, most)
         passes, held = ceil(rows / at_once), at_once * problem.memory_budget // (2 * most)
         what = f"Scores of {columns} training points with {rows} test points, {at_once} of these at a time"
-        seconds = _of_pairs(fitted, _few(test, min(TESTS, at_once)), block, rows, columns, passes)
+        preparation = Preparation(fitted, rank=query_rank)
+        seconds = _of_pairs(preparation, _few(test, min(TESTS, at_once)), block, rows, columns, passes)
     kept = rows * columns * problem.parameters.dtype.itemsize if isinstance(output, Matrix) else 0
     operators = {name: fitted_block.operator for name, fitted_block in fitted.blocks.items()}
     left = model.solver.needs(operators) if isinstance(model.solver, Planning) else Needs(0, 0, 0)
@@ -181,14 +184,16 @@ def _of_scores(
     )
 
 
-def _of_pairs(fitted: Fitted, tests: Block, block: Block, rows: int, columns: int, passes: int) -> float:
+def _of_pairs(
+    preparation: Preparation, tests: Block, block: Block, rows: int, columns: int, passes: int
+) -> float:
     """Seconds of ``rows`` test points with ``columns`` training points, from a few of each."""
-    preparation = Preparation(fitted)
-    solved = _timed(lambda: preparation(tests), fitted.problem) / len(tests)
+    problem = preparation.fitted.problem
+    solved = _timed(lambda: preparation(tests), problem) / len(tests)
     taken = []
     for some in (next(tests.pieces(len(tests))), tests):
         job = preparation.job([preparation(some)], len(some))
-        taken.append(_timed(partial(job, block), fitted.problem) / len(block))
+        taken.append(_timed(partial(job, block), problem) / len(block))
     # So much for each training point, and so much more for each further test point that it meets.
     further = max(0.0, taken[1] - taken[0]) / max(1, len(tests) - 1)
     return rows * solved + columns * (passes * taken[0] + (rows - passes) * further)

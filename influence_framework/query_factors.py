@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -13,7 +14,8 @@ from influence_framework.data import Batch
 from influence_framework.errors import InvalidInputError
 from influence_framework.fitted import Fitted
 from influence_framework.gradients import Factors, contract_up
-from influence_framework.layers import Layer, LayerBatch, cover, layer_batch, samples_at_once, true_gradients
+from influence_framework.layer_scores import checked_gradients
+from influence_framework.layers import Layer, LayerBatch, cover, layer_batch, samples_at_once
 from influence_framework.measurement import Measurement, measured
 from influence_framework.memory import in_pieces
 from influence_framework.solving import SolveLog
@@ -39,16 +41,75 @@ class LayerFactors:
         """Memory held."""
         return self.left.nbytes + (0 if self.right is None else self.right.nbytes)
 
-    def scores(self, batch: LayerBatch) -> Float[Tensor, "m n"]:
-        """``Σ_t δ_ntᵀ F_m ā_nt`` of every pair."""
-        deltas = batch.output_gradients[0]
-        if self.right is None:
-            gradients = batch.gradients()[0]
-            return self.left.flatten(1) @ gradients.flatten(1).T
-        turned = torch.einsum("gnto,mgor->mgntr", deltas, self.left)
+    def scores(self, batch: LayerBatch, budget: int) -> Float[Tensor, "m n"]:
+        """``⟨F_m, G_n⟩`` of every pair, in the order that takes the fewest flops.
+
+        With few positions ``Σ_t (L_mᵀ δ_nt)·(R_mᵀ ā_nt)``, which forms no matrix; with many, ``F_m`` and
+        ``G_n`` are formed: ``L_m R_mᵀ`` takes as much as the products with as many samples as its rank.
+
+        Args:
+            batch: The layer's part in some training points, one draw of each.
+            budget: Bytes for what is formed on the way, of one pair at least.
+        """
+        if self.right is None or self._positions_cost(batch) > self._matrices_cost(batch):
+            return self._by_matrices(batch, budget)
+        return self._by_positions(batch, budget)
+
+    def _positions_cost(self, batch: LayerBatch) -> int:
+        count, groups, outputs, rank = self.left.shape
+        reached = 0 if batch.one_hot else batch.columns
+        return count * groups * batch.size * batch.positions * rank * (outputs + reached + 1)
+
+    def _matrices_cost(self, batch: LayerBatch) -> int:
+        count, groups, outputs, rank = self.left.shape
+        entries = groups * outputs * batch.columns
+        return entries * (count * (rank + batch.size) + batch.size * batch.positions)
+
+    def _by_matrices(self, batch: LayerBatch, budget: int) -> Float[Tensor, "m n"]:
+        groups, outputs = self.left.shape[1:3]
+        each = groups * outputs * batch.columns * self.left.element_size()
+        step, found = max(1, budget // (4 * each)), []
+        for part in batch.parts(step):
+            gradients = part.gradients()[0].flatten(1).T.to(self.left.dtype)
+            found.append(torch.cat([some._whole() @ gradients for some in self._parts(step)]))
+        return torch.cat(found, dim=1)
+
+    def _by_positions(self, batch: LayerBatch, budget: int) -> Float[Tensor, "m n"]:
+        groups, rank = self.left.shape[1], self.left.shape[3]
+        each = 2 * groups * rank * batch.positions * batch.size * self.left.element_size()
+        step = max(1, budget // (2 * each))
+        return torch.cat([some._dots(batch) for some in self._parts(step)])
+
+    def _dots(self, batch: LayerBatch) -> Float[Tensor, "m n"]:
+        """``Σ_t (L_mᵀ δ_nt)·(R_mᵀ ā_nt)``, as two products of matrices in each group."""
+        assert self.right is not None
+        count, rank = self.left.shape[0], self.left.shape[3]
+        turned = _times_all(batch.output_gradients[0], self.left)
         if batch.one_hot:
-            return (turned[:, 0] * self.right[:, 0, batch.inputs]).sum((2, 3))
-        return torch.einsum("mgntr,gnte,mger->mn", turned, batch.inputs, self.right)
+            reached = self.right[:, 0].transpose(0, 1)[batch.inputs].flatten(2)[None]
+        else:
+            reached = _times_all(batch.inputs, self.right)
+        products: Tensor = (turned * reached).sum((0, 2)).view(-1, count, rank)
+        return products.sum(2).T
+
+    def _whole(self) -> Float[Tensor, "m goe"]:
+        """``F`` of every query, flattened."""
+        whole = self.left if self.right is None else self.left @ self.right.mT
+        return whole.flatten(1)
+
+    def _parts(self, step: int) -> Iterator[LayerFactors]:
+        rights = [None] * len(self.left) if self.right is None else self.right.split(step)
+        for left, right in zip(self.left.split(step), rights, strict=False):
+            yield LayerFactors(left, right)
+
+
+def _times_all(
+    vectors: Float[Tensor, "g n t i"], factors: Float[Tensor, "m g i r"]
+) -> Float[Tensor, "g n t mr"]:
+    """Every vector times every query's factor."""
+    together = factors.permute(1, 2, 0, 3).flatten(2).to(vectors.dtype)
+    products: Tensor = (vectors.flatten(1, 2) @ together).unflatten(1, vectors.shape[1:3])
+    return products
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +144,7 @@ def query_factors(
     fitted: Fitted, batch: Batch, rank: int, seed: int, log: SolveLog, measurement: Measurement | None
 ) -> QueryFactors:
     """Solve for the queries, a few at a time within the budget, and keep what ``rank`` holds of each."""
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise InvalidInputError(f"rank is a whole number, at least 1; got {rank!r}.")
+    check_rank(rank, "rank")
     problem = fitted.problem
     found = cover(problem, problem.parameters)
     names = problem.parameters.subset(found.uncovered)
@@ -106,7 +166,24 @@ def query_factors(
         rest = Factors(rows if index is None else rows[:, index.to(rows.device)], index)
         error = torch.where(norm > 0, lost.sqrt() / norm, 0.0)
         parts.append(QueryFactors(rank, layers, rest, error, norm))
-    return _joined(parts)
+    return join_query_factors(parts)
+
+
+def check_rank(rank: int, name: str) -> None:
+    """Refuse what is no rank."""
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise InvalidInputError(f"{name} is a whole number, at least 1; got {rank!r}.")
+
+
+def query_bytes(fitted: Fitted, rank: int) -> int:
+    """Memory that the compressed factor of one query takes."""
+    problem = fitted.problem
+    found = cover(problem, problem.parameters)
+    entries = problem.parameters.subset(found.uncovered).numel
+    for layer in found.layers:
+        groups, outputs, columns = layer.form.places.shape
+        entries += groups * min(rank * (outputs + columns), outputs * columns)
+    return entries * problem.parameters.dtype.itemsize
 
 
 def _compressed(matrices: Float[Tensor, "m g o e"], rank: int) -> LayerFactors:
@@ -118,7 +195,9 @@ def _compressed(matrices: Float[Tensor, "m g o e"], rank: int) -> LayerFactors:
     return LayerFactors((left * values[..., None, :]).to(matrices.dtype), right.to(matrices.dtype))
 
 
-def _joined(parts: list[QueryFactors]) -> QueryFactors:
+def join_query_factors(parts: Sequence[QueryFactors]) -> QueryFactors:
+    """Those of several batches as one."""
+
     def layer(name: str) -> LayerFactors:
         each = [part.layers[name] for part in parts]
         rights = [one.right for one in each if one.right is not None]
@@ -137,6 +216,8 @@ def _joined(parts: list[QueryFactors]) -> QueryFactors:
 def scores_of(fitted: Fitted, factors: QueryFactors, train: Batch) -> Float[Tensor, "m n"]:
     """Scores of every training point with every query, from one pass over the training points.
 
+    Outputs of the model are looked at in this pass, if there is any layer.
+
     Raises:
         InvalidInputError: Factors of another model.
     """
@@ -146,12 +227,14 @@ def scores_of(fitted: Fitted, factors: QueryFactors, train: Batch) -> Float[Tens
     if shapes != {name: tuple(layer.form.places.shape[:2]) for name, layer in layers.items()}:
         raise InvalidInputError("The query factors are of a model with other layers: make them with this one.")
     size = fitted.size(train)
-    result = torch.zeros(len(factors), size, dtype=problem.parameters.dtype, device=problem.parameters.device)
+    # Half of single precision would lose the later layers.
+    wide = torch.promote_types(problem.parameters.dtype, torch.float32)
+    result = torch.zeros(len(factors), size, dtype=wide, device=problem.parameters.device)
     start = 0
     for piece, found in _pieces(fitted, train, list(layers.values())):
         place = slice(start, start := start + fitted.size(piece))
         for layer, batch in found.items():
-            result[:, place] += factors.layers[layer.name].scores(batch)
+            result[:, place] += factors.layers[layer.name].scores(batch, problem.memory_budget)
     if factors.rest.rows.shape[1]:
         result += contract_up({"rest": factors.rest}, problem, train)["rest"]
     return result
@@ -167,5 +250,5 @@ def _pieces(
         batch,
         fitted.size,
         at_once,
-        lambda piece: layer_batch(problem, layers, piece, true_gradients(problem)),
+        lambda piece: layer_batch(problem, layers, piece, partial(checked_gradients, problem)),
     )

@@ -92,6 +92,7 @@ def scored(executor: str, solver: Any, *, stream: bool = False, **options: Any) 
     with counted.of(FactorScores), counted.of(LayerScores), mock.patch.object(run, "LARGEST", 16):
         settings = {"test": batches(TEST, 4), "train": batches(TRAIN, 17), "executor": executor}
         found["matrix"] = inf.attribute(model, **settings).array
+    found["compressed"] = inf.attribute(model, **settings, query_rank=100).array
     top = inf.attribute(model, **settings, output={"name": "top_k", "k": 3, "normalize": "l_relatif"})
     found["top_k"], found["which"] = top.columns["score"], top.columns["position"]
     own = inf.attribute(model, None, batches(TRAIN, 17), output="self_influence", executor=executor)
@@ -226,7 +227,12 @@ def stored(folder: Path) -> Results:
     again = inf.attribute(model, **settings, store=folder / "matrix").array[:]
     table = inf.attribute(model, **settings, output="top_k", store=folder / "top").columns["score"]
     resumed = inf.attribute(model, **settings, output="top_k", store=folder / "top").columns["score"]
-    return {"plain": plain, "first": first, "again": again, "table": table, "resumed": resumed}
+    lost = [
+        inf.attribute(model, **settings, output="mean", query_rank=1, store=folder / "low").query_error
+        for _ in range(2)
+    ]
+    stores = {"plain": plain, "first": first, "again": again, "table": table, "resumed": resumed}
+    return stores | {"lost": lost[0], "lost again": lost[1]}
 
 
 SAVED = ("cg", "direct", "ekfac")

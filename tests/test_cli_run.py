@@ -131,6 +131,15 @@ def test_scores_are_those_of_the_library(
     assert re.search(r"\[\d\d:\d\d<\d\d:\d\d", said.err), "and tells the time left"
 
 
+def test_factors_of_test_points_are_compressed(config: Callable[..., Path]) -> None:
+    path = config(output="query_rank = 1")
+    assert main(["run", str(path)]) == 0
+    stored = Stored.read(path.parent / "scores")
+    assert stored.query_error is not None
+    assert (stored.query_error > 0).all()
+    assert not np.allclose(stored.matrix[:], scores(path), rtol=1e-3)
+
+
 def test_a_plan_is_printed_before_the_fit_and_before_the_scores(
     config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -353,6 +362,14 @@ BAD: dict[str, tuple[dict[str, str | None], str]] = {
     ),
     "a policy": ({"output": 'on_failure = "warm"'}, "line 7: on_failure: on_failure must be one of"),
     "a budget": ({"output": "memory_budget = 0"}, "line 7: memory_budget: expected a positive number of bytes"),
+    "no rank": (
+        {"output": "query_rank = 0"},
+        "line 7: query_rank: expected a positive whole number, got 0",
+    ),
+    "compression of test points that there are not": (
+        {"test": None, "output": 'output = "self_influence"\nquery_rank = 2'},
+        "line 8: query_rank: is of test points; the output 'self_influence' has none",
+    ),
     "no test points": ({"test": None}, "config.toml: test: missing; the output 'matrix' is of pairs."),
     "test points too many": (
         {"output": 'output = "self_influence"'},

@@ -67,7 +67,7 @@ class PositionFirst(nn.Module):
 
 
 class Sensitivity(nn.Module):
-    """Returns the derivative of a net with respect to its input, taken by ``torch.func`` in the forward pass."""
+    """Returns the derivative of a net in its input, taken by ``torch.func`` in the forward pass."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -34,7 +34,7 @@ def alone(name: str) -> dict[str, Any]:
     return program.SOLVERS[name]("sequential")
 
 
-SCORES = ("influences", "matrix", "top_k", "self")
+SCORES = ("influences", "matrix", "compressed", "top_k", "self")
 
 
 @pytest.mark.parametrize("name", program.SOLVERS)
@@ -162,6 +162,9 @@ def test_one_process_writes_the_store_and_all_read_it(found: list[dict[str, Any]
         for what in ("first", "again"):
             np.testing.assert_array_equal(results["a store"][what], found[0]["a store"]["plain"])
         np.testing.assert_array_equal(results["a store"]["resumed"], found[0]["a store"]["table"])
+        for what in ("lost", "lost again"):
+            assert (results["a store"][what] > 0).all()
+            np.testing.assert_array_equal(results["a store"][what], found[0]["a store"]["lost"])
 
 
 def test_the_executor_passes_every_check_in_all_of_several_processes(found: list[dict[str, Any]]) -> None:

@@ -304,6 +304,9 @@ class Scored:
         train_ids: ``(n_train,)``.
         collected: The result by name of column, one row for each score kept.
         measurement: What tells a measurement that was taken in place of the loss from others.
+        query_error: ``‖F − F_rank‖ / ‖F‖`` of every test point's factor ``F = (C + λI)⁻¹ ∇ℓ(test)``, where it
+            was compressed to ``query_rank``, ``(n_test,)``: a score is off by at most that times
+            ``‖F‖·‖∇ℓ(train)‖``.
     """
 
     output: Output
@@ -311,6 +314,7 @@ class Scored:
     train_ids: Identifiers
     collected: Collector
     measurement: Mapping[str, Any] | None = None
+    query_error: Array | None = None
 
     def __repr__(self) -> str:
         tests = f", test points: {len(self.test_ids)}" if self.output.pairs else ""

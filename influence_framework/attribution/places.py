@@ -83,13 +83,19 @@ class Place:
             )
         return store
 
-    def resumed(self, store: Store | None, collector: Collector) -> set[tuple[int, int]]:
-        """Which blocks are done; ``collector`` then has what the first process found in its store."""
+    def resumed(
+        self, store: Store | None, collector: Collector, beside: Mapping[str, Array]
+    ) -> set[tuple[int, int]]:
+        """Which blocks are done; ``collector`` and ``beside`` then have what the first process has of them."""
         done = set() if store is None else store.done
         if self.processes is None or self.folder is None:
             return done
-        done, state = self.processes.same((done, dict(collector.state())), "what was done before")
+        done, state, kept = self.processes.same(
+            (done, dict(collector.state()), dict(beside)), "what was done before"
+        )
         if store is None:
+            for name, array in beside.items():
+                array[...] = kept[name]
             collector.restore(state)
         return done
 

@@ -18,6 +18,13 @@ from influence_framework.layer_scores import Sides, nbytes
 from influence_framework.measurement import Measurement, measured
 from influence_framework.points import checked_points
 from influence_framework.protocols import InfluenceMode
+from influence_framework.query_factors import (
+    QueryFactors,
+    join_query_factors,
+    query_bytes,
+    query_factors,
+    scores_of,
+)
 from influence_framework.reports import SolveReport
 from influence_framework.solving import SolveLog
 
@@ -79,6 +86,24 @@ class LayerScores:
             _total(scorer.with_held(self.held, self.count, batch))
             for batch in _checked(self.fitted, block, outputs=False)
         ]
+        return Computed(torch.cat(found, dim=1), SolveReport())
+
+
+@dataclass(frozen=True)
+class QueryScores:
+    """Scores with factors of the test points that are compressed to low rank."""
+
+    alone: ClassVar[bool] = True
+    """As of :class:`FactorScores`."""
+
+    label: ClassVar[str] = "scores"
+
+    fitted: Fitted
+    factors: QueryFactors
+
+    def __call__(self, block: Block) -> Computed:
+        batches = _checked(self.fitted, block, outputs=not self.factors.layers)
+        found = [scores_of(self.fitted, self.factors, batch) for batch in batches]
         return Computed(torch.cat(found, dim=1), SolveReport())
 
 
@@ -145,11 +170,12 @@ class Prepared(NamedTuple):
     """What scores need of some test points.
 
     Attributes:
-        held: Factors ``(C + λI)⁻¹ ∇ℓ``, ``(m, P)``; or, for inverses that work on layers, those' own objects.
+        held: Factors ``(C + λI)⁻¹ ∇ℓ``, ``(m, P)``; or what they were compressed to; or, for inverses that work
+            on layers, those' own objects.
         report: On right-hand sides, or on what an inverse gave without any.
     """
 
-    held: Float[Tensor, "m P"] | Sides
+    held: Float[Tensor, "m P"] | QueryFactors | Sides
     report: SolveReport
 
 
@@ -160,20 +186,28 @@ class Preparation:
     Attributes:
         fitted: What the fit left behind.
         measurement: Of the test points, in place of their loss.
+        rank: That factors are compressed to, layer by layer; ``None``: they are not.
     """
 
     label: ClassVar[str] = "solve"
 
     fitted: Fitted
     measurement: Measurement | None = None
+    rank: int | None = None
 
     @property
     def alone(self) -> bool:
         """As of :class:`FactorScores`."""
-        return solves_alone(self.fitted)
+        return solves_alone(self.fitted) if self.rank is None else not self.fitted.divided
 
     def __call__(self, block: Block) -> Prepared:
         log = SolveLog()
+        if self.rank is not None:
+            compressed = [
+                query_factors(self.fitted, batch, self.rank, 0, log, self.measurement)
+                for batch in _checked(self.fitted, block, self.measurement)
+            ]
+            return Prepared(join_query_factors(compressed), log.report())
         scorer = self.fitted.layer_scorer()
         problem = measured(self.fitted.problem, self.measurement)
         batches = _checked(self.fitted, block, self.measurement, outputs=scorer is None)
@@ -186,13 +220,16 @@ class Preparation:
 
     def job(self, parts: Sequence[Prepared], count: int) -> Job:
         """The job of ``count`` test points from all their parts, in order."""
+        if self.rank is not None:
+            compressed = [cast(QueryFactors, part) for part in self._present(parts)]
+            return QueryScores(self.fitted, join_query_factors(compressed))
         scorer = self.fitted.layer_scorer()
         if scorer is not None:
             held = scorer.combined([cast(Sides, part) for part in self._present(parts)])
             return LayerScores(self.fitted, held, count)
         return FactorScores(self.fitted, torch.cat([cast(Tensor, part) for part in self._present(parts)]))
 
-    def _present(self, parts: Sequence[Prepared]) -> list[Tensor | Sides]:
+    def _present(self, parts: Sequence[Prepared]) -> list[Tensor | QueryFactors | Sides]:
         """On the device of the model, from wherever they were worked out."""
         return [to_device(part.held, self.fitted.problem.parameters.device) for part in parts]
 
@@ -202,11 +239,13 @@ def solves_alone(fitted: Fitted) -> bool:
     return not fitted.divided or fitted.layer_scorer() is not None
 
 
-def points_at_once(fitted: Fitted) -> int:
-    """Test points whose jobs half of the memory budget holds; at least one."""
+def points_at_once(fitted: Fitted, rank: int | None = None) -> int:
+    """Test points whose jobs half of the memory budget holds, compressed to ``rank`` if given; at least one."""
     problem = fitted.problem
     scorer = fitted.layer_scorer()
-    if scorer is None:
+    if rank is not None:
+        size = query_bytes(fitted, rank)
+    elif scorer is None:
         element = torch.empty(0, dtype=problem.parameters.dtype).element_size()
         size = problem.parameters.numel * element
     else:

@@ -13,7 +13,7 @@ import numpy as np
 
 from influence_framework.attribution.blocks import Identifiers
 from influence_framework.attribution.outputs import Array, MatrixCollector, Scored, resolve_output
-from influence_framework.attribution.store import IDENTIFIERS, MANIFEST, SCORES, SOLVES, TABLE, Store
+from influence_framework.attribution.store import IDENTIFIERS, MANIFEST, SCORES, SOLVES, STATE, TABLE, Store
 from influence_framework.errors import InvalidInputError
 from influence_framework.reports import BlockTotals
 
@@ -33,6 +33,7 @@ class Stored:
         columns: The table, of the other outputs; else empty.
         solves: What came of the solves for each block and λ.
         failures: What failed among them, one line for each run that has something to say.
+        query_error: Of every test point, what compression lost of its factor; see :class:`Scored`.
     """
 
     manifest: Mapping[str, Any]
@@ -42,6 +43,7 @@ class Stored:
     columns: Mapping[str, Array]
     solves: tuple[BlockTotals, ...] = ()
     failures: tuple[str, ...] = ()
+    query_error: Array | None = None
 
     @classmethod
     def of(cls, scored: Scored) -> Self:
@@ -61,6 +63,7 @@ class Stored:
             train_ids=scored.train_ids,
             matrix=scored.array if whole else None,
             columns={} if whole else scored.columns,
+            query_error=scored.query_error,
         )
 
     @classmethod
@@ -92,6 +95,7 @@ class Stored:
                 columns={} if whole else _arrays(folder / f"{TABLE}.npz"),
                 solves=solves,
                 failures=failures,
+                query_error=_arrays(folder / STATE)["query_error"] if "query_rank" in manifest else None,
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InvalidInputError(f"{folder} is damaged: {error}.") from error
@@ -140,6 +144,10 @@ class Stored:
         units = f"removing a point from {count} changes the {self.quantity} by about +score/{count}."
         if normalize := self.manifest["output"].get("normalize"):
             units = f"scores are divided by a size of each point's own ({normalize})."
+        if self.query_error is not None:
+            units += (
+                f" Compression lost up to {np.max(self.query_error, initial=0):.1%} of a test point's factor."
+            )
         sign = "Positive: the point helps, for up-weighting it lowers that loss; negative: it harms."
         if not self.of_loss:
             sign = f"Positive: up-weighting the point lowers that {self.quantity}; negative: it raises it."

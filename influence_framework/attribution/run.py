@@ -32,6 +32,7 @@ from influence_framework.attribution.queries import (
     FactorRows,
     Job,
     Preparation,
+    QueryScores,
     SelfScores,
     points_at_once,
 )
@@ -44,6 +45,7 @@ from influence_framework.influence import TorchInfluenceFunctionModel
 from influence_framework.measurement import Measurement, measured
 from influence_framework.points import checked_points
 from influence_framework.protocols import Executor, Fitting, Solver
+from influence_framework.query_factors import check_rank
 from influence_framework.registry import Registry, default_registry
 from influence_framework.solving import SolveLog
 from influence_framework.specs import Spec, resolve
@@ -59,6 +61,7 @@ def attribute(
     *,
     output: str | Mapping[str, Any] | Output = "matrix",
     measurement: Measurement | None = None,
+    query_rank: int | None = None,
     executor: Spec | Executor = "sequential",
     store: str | os.PathLike[str] | None = None,
     progress: bool = False,
@@ -82,6 +85,10 @@ def attribute(
             :class:`Output`.
         measurement: ``m(outputs, batch)`` of the test points in place of their loss, as ``model.influences``
             takes it. A store knows it by its name and by what it measures at the first test point.
+        query_rank: Compress the factor of every test point to this rank in each layer, as
+            ``model.query_factors`` does, so that more of them share a pass over ``train``: in a layer of ``o``
+            outputs and ``e`` inputs one takes ``query_rank·(o + e)`` numbers in place of ``o·e``. What is lost
+            is in ``query_error`` of the result.
         executor: Where test points are solved for and blocks are computed: ``"sequential"``, one after the
             other in this process; the name of another one that is installed (``list(inf.executors)``), a
             mapping with ``name`` and options, or an instance.
@@ -114,6 +121,13 @@ def attribute(
             f"A measurement is of test points, and the output {chosen.name!r} of training points alone: "
             "leave it out."
         )
+    if query_rank is not None:
+        check_rank(query_rank, "query_rank")
+        if not chosen.pairs:
+            raise InvalidInputError(
+                f"Factors of test points are compressed, and the output {chosen.name!r} has none: leave "
+                "query_rank out."
+            )
     processes = worker.processes() if isinstance(worker, Fitting) else None
     processes = processes or fitted.problem.processes
     with nullcontext() if processes is None else processes.together():
@@ -122,7 +136,7 @@ def attribute(
             surveys["test points"] = Survey.of(test, "test points")
         known = None if measurement is None or test is None else described(fitted, measurement, test)
         place = Place.of(processes, surveys)
-        run = _Run(model, fitted, chosen, worker, surveys, place, measurement, known)
+        run = _Run(model, fitted, chosen, worker, surveys, place, measurement, known, query_rank)
         with model.solving() as log:
             return run.into(run.place.store(store, run.manifest()), test, train, log, progress)
 
@@ -140,6 +154,7 @@ class _Run:
     measurement: Measurement | None
     known: Mapping[str, Any] | None
     """What tells the measurement from others."""
+    query_rank: int | None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -150,7 +165,11 @@ class _Run:
     @cached_property
     def chunks(self) -> tuple[int, int]:
         """Test and training points of a block: half of the budget for the ones, a quarter for the scores."""
-        rows = min(self.shape[0], points_at_once(self.fitted)) if self.output.pairs else self.shape[0]
+        rows = (
+            min(self.shape[0], points_at_once(self.fitted, self.query_rank))
+            if self.output.pairs
+            else self.shape[0]
+        )
         room = self.fitted.problem.memory_budget // (4 * 8 * rows)
         return rows, max(1, min(self.shape[1], LARGEST, room))
 
@@ -165,8 +184,8 @@ class _Run:
 
     def manifest(self) -> dict[str, Any]:
         """What the scores are of."""
-        measured = {} if self.known is None else {"measurement": self.known}
-        return measured | {
+        asked = {"measurement": self.known, "query_rank": self.query_rank}
+        return {key: value for key, value in asked.items() if value is not None} | {
             "format": FORMAT,
             "output": {"name": self.output.name, **asdict(self.output)},
             **composition(self.model),
@@ -189,9 +208,10 @@ class _Run:
     ) -> Scored:
         """Collect what is not in the store yet."""
         collector = self._collector(store)
+        lost = {} if self.query_rank is None else {"query_error": np.full(self.shape[0], np.nan)}
         if store is not None:
-            store.resume(collector)
-        done = self.place.resumed(store, collector)
+            store.resume(collector, lost)
+        done = self.place.resumed(store, collector, lost)
         total = self.shape[0] * self.shape[1]
         quiet = not (progress and self.place.leads)
         with tqdm(total=total, desc="Scores", unit="score", unit_scale=True, disable=quiet) as bar:
@@ -205,6 +225,8 @@ class _Run:
                 if sizes is None and self.output.normalize is not None:
                     sizes = self._sizes(train, log)
                 job = self._job(points, log)
+                if isinstance(job, QueryScores):
+                    lost["query_error"][rows] = job.factors.error.cpu().numpy()
                 for block, computed in self.executor.run(job, self._blocks(train, set(wanted))):
                     values = computed.values.to("cpu", self._precision)
                     if sizes is not None:
@@ -217,7 +239,7 @@ class _Run:
                         store.finished(rows, block.columns, collector, log)
         ids = {what: survey.ids for what, survey in self.surveys.items()}
         tested = ids.get("test points", np.arange(0))
-        scored = Scored(self.output, tested, ids["training points"], collector, self.known)
+        scored = Scored(self.output, tested, ids["training points"], collector, self.known, **lost)
         if store is not None:
             store.conclude(collector, scored.test_ids, scored.train_ids, log)
         return self.place.concluded(scored)
@@ -272,7 +294,7 @@ class _Run:
         return sizes.clamp(min=0).sqrt() if relative else sizes
 
     def _prepared(self, block: Block, log: SolveLog) -> Job:
-        preparation = Preparation(self.fitted, self.measurement)
+        preparation = Preparation(self.fitted, self.measurement, self.query_rank)
         # What is done by all processes together is best done at once.
         pieces = getattr(self.executor, "workers", 1) if preparation.alone else 1
         done = list(self.executor.run(preparation, block.pieces(pieces)))

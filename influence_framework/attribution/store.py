@@ -55,6 +55,7 @@ class Store:
         self.path = Path(path)
         self.manifest = json.loads(json.dumps(manifest))
         self.done: set[tuple[int, int]] = set()
+        self._beside: Mapping[str, Array] = {}
         self._saved = 0.0
         self._solves: list[Any] = []
         if (self.path / MANIFEST).exists():
@@ -113,14 +114,17 @@ class Store:
         array = _zarr().open_array(path / SCORES, mode="r")
         return FactorsCollector(array) if isinstance(output, Factors) else MatrixCollector(array)
 
-    def resume(self, collector: Collector) -> None:
-        """Go on from where the last run was saved."""
+    def resume(self, collector: Collector, beside: Mapping[str, Array]) -> None:
+        """Go on from where the last run was saved, with arrays that are kept ``beside`` what is collected."""
+        self._beside = beside
         location = self.path / STATE
         if not location.exists():
             return
         with np.load(location, allow_pickle=False) as saved:
             state = {name: saved[name] for name in saved.files}
         self.done = {(int(row), int(column)) for row, column in state.pop("done")}
+        for name, array in beside.items():
+            array[...] = state.pop(name)
         collector.restore(state)
         if (self.path / SOLVES).exists():
             self._solves = json.loads((self.path / SOLVES).read_text())
@@ -139,7 +143,7 @@ class Store:
             here = {"blocks": totals, "failures": report.failures(quiet=True)}
             self._write(SOLVES, json.dumps([*self._solves, here]).encode())
         done = np.array(sorted(self.done), dtype=np.int64).reshape(-1, 2)
-        self._write_arrays(STATE, {"done": done, **collector.state()})
+        self._write_arrays(STATE, {"done": done, **self._beside, **collector.state()})
         self._saved = time.monotonic()
 
     def conclude(self, collector: Collector, test: Identifiers, train: Identifiers, log: SolveLog) -> None:

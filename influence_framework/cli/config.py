@@ -6,6 +6,7 @@ import importlib.util
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ KEYS: Mapping[str, Key] = {
     "train": IMPORT,
     "test": Key((str,), "an import path 'module:attribute'"),
     "measurement": Key((str,), "an import path 'module:attribute'"),
+    "query_rank": Key((int,), "a positive whole number"),
     "store": Key((str,), "a folder to write to", required=True),
     "output": Key((str, dict), METHOD),
     "executor": Key((str, dict), METHOD),
@@ -80,6 +82,7 @@ class Config:
         values: Its keys and values.
         lines: The line of each value.
         output: What to keep of the scores.
+        query_rank: What factors of test points are compressed to, if they are.
         executor: Where they are computed.
         composition: Arguments of ``compose``.
     """
@@ -88,6 +91,7 @@ class Config:
     values: Mapping[str, Any]
     lines: Mapping[Place, int]
     output: Output
+    query_rank: int | None
     executor: Any
     composition: Mapping[str, Any]
 
@@ -121,13 +125,14 @@ class Config:
             raise InvalidInputError("\n".join(wrong))
         checked = _Checked(path, values, lines, wrong)
         output = checked.at("output", resolve_output, "matrix")
+        rank = checked.at("query_rank", _positive) if "query_rank" in values else None
         executor = checked.at("executor", lambda spec: resolve("executor", spec), "sequential")
         composition = checked.composition()
         if output is not None:
             checked.together(output)
         if wrong:
             raise InvalidInputError("\n".join(wrong))
-        return cls(path, values, lines, output, executor, composition)
+        return cls(path, values, lines, output, rank, executor, composition)
 
 
 def _problem(path: Path, lines: Mapping[Place, int], place: Place, said: object) -> str:
@@ -226,7 +231,7 @@ class _Checked:
             "refine": lambda spec: resolve("solver", spec),
             "blocks": _blocks,
             "hessian_regularization": _regularization,
-            "memory_budget": _positive,
+            "memory_budget": partial(_positive, what="number of bytes"),
             "on_failure": check_policy,
             "preflight": bool,
         }
@@ -242,6 +247,8 @@ class _Checked:
             self.note(
                 ("measurement",), f"is of test points; the output {output.name!r} has none: leave it out."
             )
+        if not output.pairs and "query_rank" in self.values:
+            self.note(("query_rank",), f"is of test points; the output {output.name!r} has none: leave it out.")
         if output.name in ("matrix", "factors") and importlib.util.find_spec("zarr") is None:
             self.note(("store",), "needs zarr: pip install 'influence-framework[store]'")
 
@@ -275,7 +282,7 @@ def _regularization(value: Any) -> Regularization:
     return found
 
 
-def _positive(value: int) -> int:
+def _positive(value: int, what: str = "whole number") -> int:
     if value <= 0:
-        raise InvalidInputError(f"expected a positive number of bytes, got {value}.")
+        raise InvalidInputError(f"expected a positive {what}, got {value}.")
     return value

@@ -166,6 +166,7 @@ def run(path: Path, *, resume: bool = False, progress: bool = True) -> Outcome |
             things["train"],
             output=config.output,
             measurement=things.get("measurement"),
+            query_rank=config.query_rank,
             executor=config.executor,
             store=config.store,
             progress=progress,
@@ -180,7 +181,8 @@ def _print_plan(config: Config, model: TorchInfluenceFunctionModel, things: Mapp
     if not isinstance(model.solver, Planning) or not isinstance(config.executor, SequentialExecutor):
         return
     if model.is_fitted:
-        found = plan(model, things["train"], things.get("test"), output=config.output, store=True)
+        train, test, rank = things["train"], things.get("test"), config.query_rank
+        found = plan(model, train, test, output=config.output, query_rank=rank, store=True)
     else:
         found = plan(model, WithoutIdentifiers(things["train"]))
     print(found, file=sys.stderr)

@@ -63,6 +63,14 @@ class LayerBatch:
         """Number of positions ``t``."""
         return self.output_gradients.shape[3]
 
+    def parts(self, step: int) -> Iterator[LayerBatch]:
+        """``step`` samples at a time."""
+        for start in range(0, self.size, step):
+            part = slice(start, start + step)
+            inputs = self.inputs[part] if self.one_hot else self.inputs[:, part]
+            present = None if self.present is None else self.present[part]
+            yield LayerBatch(inputs, self.output_gradients[:, :, part], self.columns, present)
+
     def square(self) -> float:
         """``Σ_s Σ_n ‖G[s,n]‖²``, from products of positions where they are fewer than entries."""
         deltas, inputs, positions = self.output_gradients, self.inputs, self.positions

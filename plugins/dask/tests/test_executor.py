@@ -95,6 +95,17 @@ def test_results_are_those_of_the_sequential_executor(solver: str, budget: int, 
             np.testing.assert_array_equal(ours[name], column)
 
 
+@pytest.mark.usefixtures("current")
+@pytest.mark.parametrize("solver", ["direct", "ekfac"])
+def test_factors_of_test_points_are_compressed_where_they_are_solved_for(solver: str) -> None:
+    model = fitted(solver)
+    ours, theirs = scored(model, query_rank=100), scored(model, "sequential")
+    np.testing.assert_allclose(ours.array, theirs.array, rtol=1e-10, atol=1e-12)
+    lost = scored(model, query_rank=1).query_error
+    assert lost is not None
+    assert (lost > 0).all()
+
+
 @pytest.mark.usefixtures("current", "as_user")
 def test_the_executor_passes_every_check_of_the_kit() -> None:
     check_executor("dask")

@@ -310,10 +310,6 @@ class SecondMoments:
 
 def in_parts(batch: LayerBatch, budget: int) -> Iterable[LayerBatch]:
     """The batch in pieces whose gradients take at most ``budget`` bytes."""
-    draws, groups, size, _, outputs = batch.output_gradients.shape
+    draws, groups, _, _, outputs = batch.output_gradients.shape
     element = max(4, batch.output_gradients.element_size())
-    step = max(1, budget // (2 * draws * groups * outputs * batch.columns * element))
-    for start in range(0, size, step):
-        part = slice(start, start + step)
-        inputs = batch.inputs[part] if batch.one_hot else batch.inputs[:, part]
-        yield LayerBatch(inputs, batch.output_gradients[:, :, part], batch.columns)
+    return batch.parts(max(1, budget // (2 * draws * groups * outputs * batch.columns * element)))
