@@ -109,6 +109,20 @@ class Joiner:
         self._group, self._size = [], 0
 
 
+def joined(batches: Iterable[tuple[Batch, int]], at_most: int) -> Iterator[tuple[Batch, int]]:
+    """Neighbours of the same layout joined to at most ``at_most`` samples; none is cut."""
+    group: list[Batch] = []
+    held = 0
+    for batch, size in batches:
+        if group and (held + size > at_most or layout(batch) != layout(group[0])):
+            yield concatenate(group), held
+            group, held = [], 0
+        group.append(batch)
+        held += size
+    if group:
+        yield concatenate(group), held
+
+
 def concatenate(group: Sequence[Batch]) -> Batch:
     """Batches of one layout as one batch."""
     return group[0] if len(group) == 1 else map_leaves(lambda *t: torch.cat(t), *group)

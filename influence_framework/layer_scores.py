@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from math import ceil
 from typing import Any, TypeVar, cast
 
 import torch
@@ -79,6 +81,8 @@ class LayerScorer:
         for held, rows in self._held(test, of_test, weigh=at is None):
             place = slice(row, row + rows)
             self._fill(found, place, size(test), held, train, chosen, of_train)
+            # Else it were held until the next ones have been worked out.
+            del held
             row += rows
         return found
 
@@ -105,7 +109,7 @@ class LayerScorer:
             sides = self._sides(piece, problem or self.problem)
             return [{name: i.scores(held[name], sides[name]) for name, i in at.items()} for at in chosen]
 
-        for columns, parts in self._pieces(train, work):
+        for columns, parts in self._pieces(train, work, self._at_once(nbytes(held))):
             place = rows, slice(column, column + columns)
             for part, scores in zip(parts, found, strict=True):
                 for name, of_block in part.items():
@@ -121,7 +125,7 @@ class LayerScorer:
             sides = self._sides(piece, self.problem)
             return {name: inverse.self_scores(sides[name]) for name, inverse in self.inverses.items()}
 
-        parts = [part for _, part in self._pieces(batch, work)]
+        parts = [part for _, part in self._pieces(batch, work, self._at_once())]
         return {name: torch.cat([part[name] for part in parts]) for name in self.inverses}
 
     def prepared(
@@ -141,12 +145,25 @@ class LayerScorer:
                 for name, inverse in self.inverses.items()
             }
 
-        yield from self._pieces(batch, work)
+        # Of a side that is held there is at most a gradient for each sample.
+        each = self.problem.parameters.numel * self.problem.parameters.dtype.itemsize
+        count, most = self.problem.objective.size(batch), max(1, self._room // each)
+        at_once = self._at_once(min(count, most) * each)
+        yield from self._pieces(batch, work, _even(count, most, at_once))
 
-    def _pieces(self, batch: Batch, work: Callable[[Batch], R]) -> Iterator[tuple[int, R]]:
-        """``work`` of the batch in pieces that memory allows, each with its number of samples."""
+    @property
+    def _room(self) -> int:
+        """Bytes for what is held of the test side: the rest of the budget is for work on the training side."""
+        return 3 * self.problem.memory_budget // 4
+
+    def _at_once(self, held: int = 0) -> int:
+        """Samples to bring into matrix form together, where so many bytes of the budget are taken."""
         every = [layer for layers in self.layers.values() for layer in layers]
-        at_once = samples_at_once(self.problem, layers=every)
+        budget = max(self.problem.memory_budget - held, self.problem.memory_budget - self._room)
+        return samples_at_once(replace(self.problem, memory_budget=budget), layers=every)
+
+    def _pieces(self, batch: Batch, work: Callable[[Batch], R], at_once: int) -> Iterator[tuple[int, R]]:
+        """``work`` of the batch in pieces that memory allows, each with its number of samples."""
         size_of = self.problem.objective.size
         for piece, found in in_pieces(self.problem.room, batch, size_of, at_once, work):
             yield size_of(piece), found
@@ -167,12 +184,12 @@ class LayerScorer:
         }
 
     def _held(self, batch: Batch, problem: Problem, *, weigh: bool) -> Iterator[tuple[Sides, int]]:
-        """The samples of one side with their number, as many at a time as half the budget holds."""
+        """The samples of one side with their number, as many at a time as three quarters of the budget hold."""
         found: list[Sides] = []
         held = count = 0
         for samples, sides in self.prepared(batch, problem, weigh=weigh):
             size = nbytes(sides)
-            if found and held + size > self.problem.memory_budget // 2:
+            if found and held + size > self._room:
                 yield self._taken(found), count
                 held = count = 0
             found.append(sides)
@@ -186,6 +203,12 @@ class LayerScorer:
         joined = self.combined(found)
         found.clear()
         return joined
+
+
+def _even(count: int, most: int, at_once: int) -> int:
+    """Samples of a piece, ``at_once`` at most: ``count`` make as few groups of ``most`` as may be."""
+    sizes = range(max(1, min(count, most, at_once)), 0, -1)
+    return min(sizes, key=lambda size: ceil(count / (most // size * size)))
 
 
 def nbytes(sides: Sides) -> int:

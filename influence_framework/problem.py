@@ -366,8 +366,10 @@ class Problem:
         """Samples to work on at a time: second derivatives hold a few times what a forward pass saves."""
         return self.room.at_most(max(1, self.memory_budget // (8 * self.sample_bytes)))
 
-    def batches(self) -> Iterator[tuple[Batch, int]]:
+    def batches(self, at_most: int | None = None) -> Iterator[tuple[Batch, int]]:
         """One pass over the data: batches within the memory budget, each with its sample count.
+
+        Of ``at_most`` so many samples, where more are worked on than second derivatives leave room for.
 
         The order may be another on every pass, since whatever is computed from the data is a sum over it.
 
@@ -384,7 +386,7 @@ class Problem:
                 continue
             if not self.cached:
                 found += Fingerprint.of(own, size)
-            for batch in split(own, size, self.max_batch):
+            for batch in split(own, size, self.max_batch if at_most is None else at_most):
                 self.room.last = self.objective.size(batch)
                 yield batch, self.room.last
         if self.cached or found.agrees(self.share):

@@ -161,7 +161,7 @@ class LayerScoring(Protocol):
         ...
 
     def join(self, sides: Sequence[Any]) -> Any:
-        """Several such objects as one."""
+        """Several such objects as one; they may give up what they hold, and are not used again."""
         ...
 
     def scores(self, test: Any, train: Any) -> Float[Tensor, "m n"]:

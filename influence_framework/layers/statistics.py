@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from influence_framework.data import Batch, take
+from influence_framework.data import Batch, joined, take
 from influence_framework.derivatives import CACHE_BYTES, gradients_of, pull_back, rows_at_once
 from influence_framework.errors import InvalidInputError
 from influence_framework.layers.forms import MatrixForm
@@ -283,8 +283,10 @@ def _transposed_too(parts: Sequence[LayerBatch], columns: int) -> LayerBatch:
 
 def samples_at_once(problem: Problem, draws: int = 1, layers: Iterable[Layer] = ()) -> int:
     """Samples to bring into matrix form together, with ``draws`` gradients of each output."""
-    # Up to sixteen draws' output gradients take about what second derivatives would.
-    count = 16 * problem.max_batch // max(16, draws)
+    # What is saved for the backward pass, inputs in matrix form, and output gradients of every draw: those of
+    # sixteen take about what second derivatives would.
+    times = max(2 + 3 * draws / 8, draws / 2)
+    count = problem.room.at_most(int(problem.memory_budget / (times * problem.sample_bytes)))
     if problem.parameters.device.type == "cpu":
         # More gain nothing once their activations have left the cache, and take memory.
         count = min(count, max(32, CACHE_BYTES // (2 * problem.sample_bytes)))
@@ -312,7 +314,7 @@ def layer_batches(
     def work(batch: Batch) -> list[Mapping[Layer, LayerBatch]]:
         return [layer_batch(problem, layers, batch, rows)]
 
-    for whole, _ in problem.batches():
+    for whole, _ in joined(problem.batches(at_once), at_once):
         for piece, found in in_pieces(problem.room, whole, problem.objective.size, at_once, work, generator):
             # Nothing of it is held here while the next one is worked on.
             yield found.pop(), problem.objective.size(piece)

@@ -186,12 +186,17 @@ class EkfacInverse(Inverse):
         return Weighted((factors,), (self.regularization, self.definite))
 
     def join(self, sides: Sequence[Sides]) -> Sides:
-        """Several batches as one."""
-        size = sum(one.size for one in sides)
-        names = dict.fromkeys(name for one in sides for name in one.layers)
-        return Sides({name: self._joined(name, sides) for name in names}, size)
+        """Several batches as one. They give up what they hold, so that one layer at most is held twice."""
+        sizes, layers = [one.size for one in sides], [one.give_up() for one in sides]
+        names = list(dict.fromkeys(name for parts in layers for name in parts))
+        joined = {
+            name: self._joined(name, [parts.pop(name, None) for parts in layers], sizes) for name in names
+        }
+        return Sides(joined, sum(sizes))
 
-    def _joined(self, name: str, sides: Sequence[Sides]) -> Side | Weighted:
+    def _joined(
+        self, name: str, sides: Sequence[Side | Weighted | None], sizes: Sequence[int]
+    ) -> Side | Weighted:
         basis = self.layers[name].basis
         dtype = self.score_dtype or basis.dtype
 
@@ -199,7 +204,7 @@ class EkfacInverse(Inverse):
             return Unrotated(torch.zeros(size, *basis.shape, dtype=dtype, device=self.device), basis=basis)
 
         # A batch whose forward pass skipped the layer has zero gradients there.
-        found = [one.layers.get(name) or nothing(one.size) for one in sides]
+        found = [side or nothing(size) for side, size in zip(sides, sizes, strict=True)]
         if not any(isinstance(side, Weighted) for side in found):
             return join_sides([side for side in found if not isinstance(side, Weighted)], basis)
         return join_weighted(

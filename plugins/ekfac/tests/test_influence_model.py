@@ -270,9 +270,9 @@ def test_all_blocks_are_fitted_in_the_passes_of_one(
     begun: list[int] = []
     original = inf.Problem.batches
 
-    def counted(problem: inf.Problem) -> Any:
+    def counted(problem: inf.Problem, *arguments: Any) -> Any:
         begun.append(len(model.sizes))
-        return original(problem)
+        return original(problem, *arguments)
 
     monkeypatch.setattr(inf.Problem, "batches", counted)
     composed = inf.compose(model, nn.CrossEntropyLoss(), solver=solver, blocks=blocks, preflight=False)

@@ -21,6 +21,7 @@ from influence_framework_ekfac.storage import Stored
 from torch import Tensor, nn
 
 import influence_framework as inf
+from influence_framework import layer_scores
 from influence_framework.layer_scores import LayerScorer
 from influence_framework.layers import Layer
 from influence_framework.layers.forms import FORMS
@@ -186,12 +187,14 @@ def test_scores_of_rounded_bases_are_off_by_a_few_roundings(name: str, dtype: to
         assert kept.nbytes == sum(part.nbytes for part in kept.tensors().values())
 
 
-def language_model(*, memory_budget: int = 2**28, **options: Any) -> inf.TorchInfluenceFunctionModel:
+def language_model(
+    *, memory_budget: int = 2**28, blocks: str = "per_layer", **options: Any
+) -> inf.TorchInfluenceFunctionModel:
     return inf.compose(
         language.model("gpt2"),
         "causal_lm",
         solver={"name": "ekfac", **options},
-        blocks="per_layer",
+        blocks=blocks,
         hessian_regularization=STRENGTH,
         memory_budget=memory_budget,
         preflight=False,
@@ -271,6 +274,57 @@ def test_large_factors_are_never_held_twice(monkeypatch: pytest.MonkeyPatch) -> 
         assert torch.equal(torch.cat(joined.factors), torch.cat(parts))
         if limit == 1:
             assert all(mine is theirs for mine, theirs in zip(joined.factors, parts, strict=True))
+
+
+def test_one_layer_at_most_is_held_twice_while_batches_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = language_model(blocks="full")
+    ((block, inverse),) = cast(dict[str, EkfacInverse], model.inverses).items()
+    scorer = model.fitted.layer_scorer()
+    assert scorer is not None
+    found = [sides[block] for _ in range(2) for _, sides in scorer.prepared(language.points("gpt2", "test"))]
+    pieces = [weakref.ref(part) for sides in found for part in sides.layers.values()]
+    gone: list[int] = []
+    joining = EkfacInverse._joined
+
+    def noting(self: EkfacInverse, name: str, sides: Any, sizes: Any) -> Any:
+        gone.append(sum(piece() is None for piece in pieces))
+        return joining(self, name, sides, sizes)
+
+    monkeypatch.setattr(EkfacInverse, "_joined", noting)
+    inverse.join(found)
+    each = len(found)
+    assert gone == [each * done for done in range(len(inverse.layers))]
+    assert len(gone) > 1
+
+
+def test_a_group_of_test_points_is_gone_before_the_next_is_worked_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = language_model(memory_budget=10_000)
+    test, train = language.points("gpt2", "test"), language.points("gpt2", "train")
+    seen: list[int] = []
+    groups: list[weakref.ref[Any]] = []
+    weighed, fill = EkfacInverse.weighed, LayerScorer._fill
+
+    def noting(self: EkfacInverse, sides: Any) -> Any:
+        seen.append(sum(group() is not None for group in groups))
+        return weighed(self, sides)
+
+    def looking(self: LayerScorer, found: Any, rows: Any, height: int, held: Any, *arguments: Any) -> None:
+        groups.extend(weakref.ref(side) for side in parts_of(held))
+        fill(self, found, rows, height, held, *arguments)
+
+    monkeypatch.setattr(EkfacInverse, "weighed", noting)
+    monkeypatch.setattr(LayerScorer, "_fill", looking)
+    model.influences(test, x=train)
+    assert len(groups) > len(model.inverses)
+    assert not any(seen)
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "at_once", "size"),
+    [(20, 10, 4, 2), (20, 19, 9, 9), (20, 20, 9, 5), (3, 10, 4, 3), (20, 1, 4, 1), (21, 8, 5, 4), (1, 1, 1, 1)],
+)
+def test_pieces_of_the_test_side_make_few_groups(count: int, most: int, at_once: int, size: int) -> None:
+    assert layer_scores._even(count, most, at_once) == size
 
 
 def test_pieces_are_gone_while_what_was_joined_of_them_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -290,8 +290,11 @@ def test_batches_that_skip_a_layer_join_those_that_do_not() -> None:
         for name, part in layers.items():
             rows = part.gradients()[0].flatten(1)
             flat[start : start + len(rows), inverse.layers[name].places.flatten()] = rows
+    assert_close(inverse.scores(sides[0], sides[1]), flat[:2] @ applied(inverse) @ flat[2:5].T, 1e-10)
+    assert_close(inverse.self_scores(sides[1]), (flat @ applied(inverse) @ flat.T).diagonal()[2:5], 1e-10)
     joined = inverse.join(sides)
     assert joined.size == 6
     assert_close(inverse.scores(joined, joined), flat @ applied(inverse) @ flat.T, 1e-10)
-    assert_close(inverse.scores(sides[0], sides[1]), flat[:2] @ applied(inverse) @ flat[2:5].T, 1e-10)
-    assert_close(inverse.self_scores(sides[1]), (flat @ applied(inverse) @ flat.T).diagonal()[2:5], 1e-10)
+    # What was joined has given up its layers, and is no side without gradients.
+    with pytest.raises((AttributeError, TypeError)):
+        inverse.scores(sides[0], joined)
