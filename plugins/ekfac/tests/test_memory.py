@@ -298,7 +298,7 @@ def test_one_layer_at_most_is_held_twice_while_batches_are_joined(monkeypatch: p
 
 
 def test_a_group_of_test_points_is_gone_before_the_next_is_worked_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = language_model(memory_budget=10_000)
+    model = language_model(memory_budget=1_000)
     test, train = language.points("gpt2", "test"), language.points("gpt2", "train")
     seen: list[int] = []
     groups: list[weakref.ref[Any]] = []
