@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from math import ceil
 from typing import Any, TypeVar, cast
 
 import torch
@@ -145,11 +144,7 @@ class LayerScorer:
                 for name, inverse in self.inverses.items()
             }
 
-        # Of a side that is held there is at most a gradient for each sample.
-        each = self.problem.parameters.numel * self.problem.parameters.dtype.itemsize
-        count, most = self.problem.objective.size(batch), max(1, self._room // each)
-        at_once = self._at_once(min(count, most) * each)
-        yield from self._pieces(batch, work, _even(count, most, at_once))
+        yield from self._pieces(batch, work, self._at_once(self._room))
 
     @property
     def _room(self) -> int:
@@ -203,12 +198,6 @@ class LayerScorer:
         joined = self.combined(found)
         found.clear()
         return joined
-
-
-def _even(count: int, most: int, at_once: int) -> int:
-    """Samples of a piece, ``at_once`` at most: ``count`` make as few groups of ``most`` as may be."""
-    sizes = range(max(1, min(count, most, at_once)), 0, -1)
-    return min(sizes, key=lambda size: ceil(count / (most // size * size)))
 
 
 def nbytes(sides: Sides) -> int:

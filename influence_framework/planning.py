@@ -13,7 +13,7 @@ import torch
 
 from influence_framework.attribution.blocks import Block, blocks
 from influence_framework.attribution.outputs import Matrix, Output, resolve_output
-from influence_framework.attribution.queries import Preparation, SelfScores, points_at_once
+from influence_framework.attribution.queries import Preparation, SelfScores, check_query_rank, points_at_once
 from influence_framework.data import Batch, leaves, nbytes, one_pass, random_state, random_state_kept
 from influence_framework.errors import InvalidInputError
 from influence_framework.influence import TorchInfluenceFunctionModel
@@ -104,7 +104,7 @@ def plan(
     with random_state_kept():
         if model.is_fitted:
             return _of_scores(model, train, test, resolve_output(output), query_rank, store=store)
-        if test is not None:
+        if test is not None or query_rank is not None:
             raise InvalidInputError("The model is not fitted: plan the fit first, without test points.")
         return _of_fit(model, train)
 
@@ -153,6 +153,7 @@ def _of_scores(
     *,
     store: bool,
 ) -> Plan:
+    check_query_rank(query_rank, output)
     fitted, problem = model.fitted, model.fitted.problem
     if output.pairs is (test is None):
         needed = "pairs: pass test points too" if output.pairs else "training points alone: pass test=None"

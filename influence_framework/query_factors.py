@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from math import ceil
 
 import torch
 from jaxtyping import Float
@@ -51,7 +52,7 @@ class LayerFactors:
             batch: The layer's part in some training points, one draw of each.
             budget: Bytes for what is formed on the way, of one pair at least.
         """
-        if self.right is None or self._positions_cost(batch) > self._matrices_cost(batch):
+        if self.right is None or self._positions_cost(batch) > self._matrices_cost(batch, budget):
             return self._by_matrices(batch, budget)
         return self._by_positions(batch, budget)
 
@@ -60,15 +61,18 @@ class LayerFactors:
         reached = 0 if batch.one_hot else batch.columns
         return count * groups * batch.size * batch.positions * rank * (outputs + reached + 1)
 
-    def _matrices_cost(self, batch: LayerBatch) -> int:
+    def _matrices_cost(self, batch: LayerBatch, budget: int) -> int:
         count, groups, outputs, rank = self.left.shape
         entries = groups * outputs * batch.columns
-        return entries * (count * (rank + batch.size) + batch.size * batch.positions)
+        times = ceil(batch.size / self._matrices_at_once(batch, budget))
+        return entries * (count * (times * rank + batch.size) + batch.size * batch.positions)
+
+    def _matrices_at_once(self, batch: LayerBatch, budget: int) -> int:
+        groups, outputs = self.left.shape[1:3]
+        return max(1, budget // (4 * groups * outputs * batch.columns * self.left.element_size()))
 
     def _by_matrices(self, batch: LayerBatch, budget: int) -> Float[Tensor, "m n"]:
-        groups, outputs = self.left.shape[1:3]
-        each = groups * outputs * batch.columns * self.left.element_size()
-        step, found = max(1, budget // (4 * each)), []
+        step, found = self._matrices_at_once(batch, budget), []
         for part in batch.parts(step):
             gradients = part.gradients()[0].flatten(1).T.to(self.left.dtype)
             found.append(torch.cat([some._whole() @ gradients for some in self._parts(step)]))
@@ -76,8 +80,9 @@ class LayerFactors:
 
     def _by_positions(self, batch: LayerBatch, budget: int) -> Float[Tensor, "m n"]:
         groups, rank = self.left.shape[1], self.left.shape[3]
-        each = 2 * groups * rank * batch.positions * batch.size * self.left.element_size()
-        step = max(1, budget // (2 * each))
+        # Both sides turned, and their products.
+        each = 3 * groups * rank * batch.positions * batch.size * self.left.element_size()
+        step = max(1, budget // each)
         return torch.cat([some._dots(batch) for some in self._parts(step)])
 
     def _dots(self, batch: LayerBatch) -> Float[Tensor, "m n"]:
@@ -231,20 +236,22 @@ def scores_of(fitted: Fitted, factors: QueryFactors, train: Batch) -> Float[Tens
     wide = torch.promote_types(problem.parameters.dtype, torch.float32)
     result = torch.zeros(len(factors), size, dtype=wide, device=problem.parameters.device)
     start = 0
-    for piece, found in _pieces(fitted, train, list(layers.values())):
+    # Half of what the factors leave for the pass, and half for products with them.
+    rest = max(problem.memory_budget - factors.nbytes, problem.memory_budget // 4) // 2
+    for piece, found in _pieces(fitted, train, list(layers.values()), rest):
         place = slice(start, start := start + fitted.size(piece))
         for layer, batch in found.items():
-            result[:, place] += factors.layers[layer.name].scores(batch, problem.memory_budget)
+            result[:, place] += factors.layers[layer.name].scores(batch, rest)
     if factors.rest.rows.shape[1]:
         result += contract_up({"rest": factors.rest}, problem, train)["rest"]
     return result
 
 
 def _pieces(
-    fitted: Fitted, batch: Batch, layers: list[Layer]
+    fitted: Fitted, batch: Batch, layers: list[Layer], budget: int
 ) -> Iterator[tuple[Batch, dict[Layer, LayerBatch]]]:
     problem = fitted.problem
-    at_once = samples_at_once(problem, layers=layers)
+    at_once = samples_at_once(replace(problem, memory_budget=budget), layers=layers)
     yield from in_pieces(
         problem.room,
         batch,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import influence_framework as inf
 from influence_framework.derivatives import CACHE_BYTES
 from influence_framework.layers import cover, layer_batches, samples_at_once, true_gradients
-from tests import cases
+from tests import cases, nets
 from tests.reference import assert_close
 
 
@@ -65,3 +67,41 @@ def test_a_pass_takes_no_more_at_a_time_and_every_sample_once(samples: inf.layer
     for layer in layers:
         inputs = torch.cat([batches[layer].inputs for batches, _ in found], dim=1)
         assert_close(inputs, whole[layer].inputs, 1e-12)
+
+
+class Refilled:
+    """Yields one buffer, filled again for every batch."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.y = x, y
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        buffers = torch.empty_like(self.x[:5]), torch.empty_like(self.y[:5])
+        for parts in zip(self.x.split(5), self.y.split(5), strict=True):
+            for buffer, part in zip(buffers, parts, strict=True):
+                buffer.copy_(part)
+            yield buffers
+
+
+def test_batches_of_a_loader_that_refills_its_buffer_are_used_as_they_come() -> None:
+    x, y = torch.randn(400, 4, dtype=torch.float64), torch.randint(3, (400,))
+    model, loss = nets.mlp(4, 6, 3).double().eval(), nn.CrossEntropyLoss()
+    sums = []
+    for budget in (2**28, 10_000):
+        problem = inf.Problem.build(model, loss, Refilled(x, y), memory_budget=budget)
+        layers = cover(problem, problem.parameters).layers
+        assert problem.cached is (budget == 2**28)
+        assert samples_at_once(problem, layers=layers) > 10
+        passed = layer_batches(problem, layers, true_gradients(problem), 1)
+        sums.append(sum(batches[layers[0]].inputs.square().sum() for batches, _ in passed))
+    assert_close(torch.as_tensor(sums[1]), torch.as_tensor(sums[0]), 1e-12)
+
+
+def test_patches_of_convolutions_leave_room_for_fewer_samples() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Flatten(), nn.Linear(64, 3)).double().eval()
+    data = [(torch.randn(64, 2, 4, 4, dtype=torch.float64), torch.randint(3, (64,)))]
+    problem = replace(inf.Problem.build(net, nn.CrossEntropyLoss(), data), memory_budget=100_000)
+    convolution, linear = cover(problem, problem.parameters).layers
+    assert samples_at_once(problem, layers=[convolution, linear]) == problem.max_batch
+    assert samples_at_once(problem, layers=[linear]) > 2 * problem.max_batch

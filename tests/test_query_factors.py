@@ -164,3 +164,18 @@ def test_what_does_not_fit_is_refused() -> None:
         attribute(fitted, batches(TEST, 4), batches(TRAIN, 17), query_rank=0)
     with pytest.raises(inf.InvalidInputError, match="leave query_rank out"):
         attribute(fitted, None, batches(TRAIN, 17), output="self_influence", query_rank=2)
+    with pytest.raises(inf.InvalidInputError, match="query_rank is a whole number, at least 1; got 0"):
+        inf.plan(fitted, batches(TRAIN, 17), batches(TEST, 4), query_rank=0)
+    with pytest.raises(inf.InvalidInputError, match="leave query_rank out"):
+        inf.plan(fitted, batches(TRAIN, 17), output="self_influence", query_rank=2)
+    unfitted = inf.compose(fitted.model, fitted.loss, solver="direct")
+    with pytest.raises(inf.InvalidInputError, match="plan the fit first"):
+        inf.plan(unfitted, batches(TRAIN, 17), query_rank=2)
+
+
+def test_with_little_room_for_matrices_those_that_are_formed_again_count() -> None:
+    """``L Rᵀ`` is formed for each part of the samples: with room for one at a time, as often as there are."""
+    factors, batch = of_layer(64, 48, 40, 1, 3)
+    roomy, tight = 2**30, 4 * 48 * 40 * 8
+    assert factors._matrices_cost(batch, tight) > factors._matrices_cost(batch, roomy)
+    assert factors._matrices_at_once(batch, tight) == 1

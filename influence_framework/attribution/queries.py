@@ -11,8 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence_framework.attribution.blocks import Block
+from influence_framework.attribution.outputs import Output
 from influence_framework.data import Batch, take
 from influence_framework.devices import to_device
+from influence_framework.errors import InvalidInputError
 from influence_framework.fitted import Fitted, scored
 from influence_framework.layer_scores import Sides, nbytes
 from influence_framework.measurement import Measurement, measured
@@ -20,6 +22,7 @@ from influence_framework.points import checked_points
 from influence_framework.protocols import InfluenceMode
 from influence_framework.query_factors import (
     QueryFactors,
+    check_rank,
     join_query_factors,
     query_bytes,
     query_factors,
@@ -237,6 +240,18 @@ class Preparation:
 def solves_alone(fitted: Fitted) -> bool:
     """Whether no solve takes products with data that is divided between processes."""
     return not fitted.divided or fitted.layer_scorer() is not None
+
+
+def check_query_rank(rank: int | None, output: Output) -> None:
+    """Refuse what is no rank, and one for an output without test points."""
+    if rank is None:
+        return
+    check_rank(rank, "query_rank")
+    if not output.pairs:
+        raise InvalidInputError(
+            f"Factors of test points are compressed, and the output {output.name!r} has none: leave "
+            "query_rank out."
+        )
 
 
 def points_at_once(fitted: Fitted, rank: int | None = None) -> int:

@@ -34,6 +34,7 @@ from influence_framework.attribution.queries import (
     Preparation,
     QueryScores,
     SelfScores,
+    check_query_rank,
     points_at_once,
 )
 from influence_framework.attribution.store import FORMAT, Store
@@ -45,7 +46,6 @@ from influence_framework.influence import TorchInfluenceFunctionModel
 from influence_framework.measurement import Measurement, measured
 from influence_framework.points import checked_points
 from influence_framework.protocols import Executor, Fitting, Solver
-from influence_framework.query_factors import check_rank
 from influence_framework.registry import Registry, default_registry
 from influence_framework.solving import SolveLog
 from influence_framework.specs import Spec, resolve
@@ -121,13 +121,7 @@ def attribute(
             f"A measurement is of test points, and the output {chosen.name!r} of training points alone: "
             "leave it out."
         )
-    if query_rank is not None:
-        check_rank(query_rank, "query_rank")
-        if not chosen.pairs:
-            raise InvalidInputError(
-                f"Factors of test points are compressed, and the output {chosen.name!r} has none: leave "
-                "query_rank out."
-            )
+    check_query_rank(query_rank, chosen)
     processes = worker.processes() if isinstance(worker, Fitting) else None
     processes = processes or fitted.problem.processes
     with nullcontext() if processes is None else processes.together():

@@ -42,6 +42,7 @@ class MatrixForm(ABC):
     Attributes:
         places: Position in the flat vector of every entry of ``G``.
         one_hot: Whether ``inputs`` are indices, each in place of the unit vector ``ā`` of that index.
+        unfolds: Whether ``inputs`` may take several times what the module was applied to, as patches do.
 
     Raises:
         UnsupportedLayerError: On construction, where the form does not hold for the module's options or
@@ -50,6 +51,7 @@ class MatrixForm(ABC):
 
     places: Int[Tensor, "g o e"]
     one_hot: bool = False
+    unfolds: bool = True
 
     @abstractmethod
     def __init__(self, module: nn.Module, places: Mapping[str, Tensor]) -> None: ...
@@ -108,6 +110,8 @@ class _AffineMapForm(MatrixForm):
 class LinearForm(_AffineMapForm):
     """``nn.Linear``, with any number of dimensions between samples and features."""
 
+    unfolds = False
+
     def inputs(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "1 n t e"]:
         _check_dimensions(x, 2, "linear layer")
         features = _by_position(x, 0)[None]
@@ -154,6 +158,7 @@ class EmbeddingForm(MatrixForm):
     """``nn.Embedding``: ``ā`` is the unit vector of the index, and the gradient at ``padding_idx`` is zero."""
 
     one_hot = True
+    unfolds = False
 
     def __init__(self, module: nn.Embedding, places: Mapping[str, Tensor]) -> None:
         _check_names(module, places)
@@ -186,6 +191,8 @@ class _ScaleForm(MatrixForm):
     It is the one ``δ`` of a form with ``t = e = 1`` and ``ā = 1``, whose Kronecker factors therefore give the
     exact second moment.
     """
+
+    unfolds = False
 
     def __init__(self, module: nn.Module, places: Mapping[str, Tensor]) -> None:
         _check_names(module, places)

@@ -283,9 +283,11 @@ def _transposed_too(parts: Sequence[LayerBatch], columns: int) -> LayerBatch:
 
 def samples_at_once(problem: Problem, draws: int = 1, layers: Iterable[Layer] = ()) -> int:
     """Samples to bring into matrix form together, with ``draws`` gradients of each output."""
+    layers = list(layers)
     # What is saved for the backward pass, inputs in matrix form, and output gradients of every draw: those of
-    # sixteen take about what second derivatives would.
-    times = max(2 + 3 * draws / 8, draws / 2)
+    # sixteen take about what second derivatives would, and so do inputs that are patches.
+    least = 8.0 if any(form.unfolds for layer in layers for form in layer.modules.values()) else 2.0
+    times = max(least, 2 + 3 * draws / 8, draws / 2)
     count = problem.room.at_most(int(problem.memory_budget / (times * problem.sample_bytes)))
     if problem.parameters.device.type == "cpu":
         # More gain nothing once their activations have left the cache, and take memory.
@@ -314,7 +316,9 @@ def layer_batches(
     def work(batch: Batch) -> list[Mapping[Layer, LayerBatch]]:
         return [layer_batch(problem, layers, batch, rows)]
 
-    for whole, _ in joined(problem.batches(at_once), at_once):
+    passed = problem.batches(at_once)
+    # A loader may fill one buffer again and again: what it yields is used before the next is asked for.
+    for whole, _ in joined(passed, at_once) if problem.cached else passed:
         for piece, found in in_pieces(problem.room, whole, problem.objective.size, at_once, work, generator):
             # Nothing of it is held here while the next one is worked on.
             yield found.pop(), problem.objective.size(piece)

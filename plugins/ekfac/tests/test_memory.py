@@ -21,7 +21,6 @@ from influence_framework_ekfac.storage import Stored
 from torch import Tensor, nn
 
 import influence_framework as inf
-from influence_framework import layer_scores
 from influence_framework.layer_scores import LayerScorer
 from influence_framework.layers import Layer
 from influence_framework.layers.forms import FORMS
@@ -317,14 +316,6 @@ def test_a_group_of_test_points_is_gone_before_the_next_is_worked_out(monkeypatc
     model.influences(test, x=train)
     assert len(groups) > len(model.inverses)
     assert not any(seen)
-
-
-@pytest.mark.parametrize(
-    ("count", "most", "at_once", "size"),
-    [(20, 10, 4, 2), (20, 19, 9, 9), (20, 20, 9, 5), (3, 10, 4, 3), (20, 1, 4, 1), (21, 8, 5, 4), (1, 1, 1, 1)],
-)
-def test_pieces_of_the_test_side_make_few_groups(count: int, most: int, at_once: int, size: int) -> None:
-    assert layer_scores._even(count, most, at_once) == size
 
 
 def test_pieces_are_gone_while_what_was_joined_of_them_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
