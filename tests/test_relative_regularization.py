@@ -110,9 +110,9 @@ def test_the_mean_eigenvalue_is_measured_once_for_a_fit(
     passes: list[int] = []
     original = inf.Problem.batches
 
-    def counted(problem: inf.Problem) -> Iterator[tuple[Any, int]]:
+    def counted(problem: inf.Problem, *arguments: Any) -> Iterator[tuple[Any, int]]:
         passes.append(1)
-        return original(problem)
+        return original(problem, *arguments)
 
     sums: list[int] = []
     together = StreamingOperator.layer_sums
