@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, cast
@@ -49,8 +50,8 @@ Job = Callable[[Block], Computed]
 
 
 @dataclass(frozen=True)
-class FactorScores:
-    """Scores with factors ``(C + λI)⁻¹ ∇ℓ(z_test)``, ``(m, P)``."""
+class PairScores(ABC):
+    """Scores of every training point of a block with every test point of a group."""
 
     alone: ClassVar[bool] = True
     """Whether one of the processes that the data is divided between can do this without the others."""
@@ -59,55 +60,59 @@ class FactorScores:
     """What is done, for those who watch it."""
 
     fitted: Fitted
-    factors: Float[Tensor, "m P"]
 
     def __call__(self, block: Block) -> Computed:
-        found = [
-            self.fitted.contract_whole(self.factors, batch, InfluenceMode.Up)
-            for batch in _checked(self.fitted, block)
-        ]
-        return Computed(torch.cat(found, dim=1), SolveReport())
+        batches = _checked(self.fitted, block, outputs=not self.looks)
+        return Computed(torch.cat([self._of(batch) for batch in batches], dim=1), SolveReport())
+
+    @property
+    def looks(self) -> bool:
+        """Whether outputs of the model are looked at while scores are worked out."""
+        return False
+
+    @abstractmethod
+    def _of(self, batch: Batch) -> Float[Tensor, "m n"]: ...
 
 
 @dataclass(frozen=True)
-class LayerScores:
-    """Scores from inputs and output gradients of layers, for inverses that work on these."""
+class FactorScores(PairScores):
+    """With factors ``(C + λI)⁻¹ ∇ℓ(z_test)``, ``(m, P)``."""
 
-    alone: ClassVar[bool] = True
-    """As of :class:`FactorScores`."""
+    factors: Float[Tensor, "m P"]
 
-    label: ClassVar[str] = "scores"
+    def _of(self, batch: Batch) -> Float[Tensor, "m n"]:
+        return self.fitted.contract_whole(self.factors, batch, InfluenceMode.Up)
 
-    fitted: Fitted
+
+@dataclass(frozen=True)
+class LayerScores(PairScores):
+    """From inputs and output gradients of layers, for inverses that work on these."""
+
     held: Sides
     count: int
 
-    def __call__(self, block: Block) -> Computed:
+    @property
+    def looks(self) -> bool:
+        return True
+
+    def _of(self, batch: Batch) -> Float[Tensor, "m n"]:
         scorer = self.fitted.layer_scorer()
         assert scorer is not None
-        found = [
-            _total(scorer.with_held(self.held, self.count, batch))
-            for batch in _checked(self.fitted, block, outputs=False)
-        ]
-        return Computed(torch.cat(found, dim=1), SolveReport())
+        return _total(scorer.with_held(self.held, self.count, batch))
 
 
 @dataclass(frozen=True)
-class QueryScores:
-    """Scores with factors of the test points that are compressed to low rank."""
+class QueryScores(PairScores):
+    """With factors of the test points that are compressed to low rank."""
 
-    alone: ClassVar[bool] = True
-    """As of :class:`FactorScores`."""
-
-    label: ClassVar[str] = "scores"
-
-    fitted: Fitted
     factors: QueryFactors
 
-    def __call__(self, block: Block) -> Computed:
-        batches = _checked(self.fitted, block, outputs=not self.factors.layers)
-        found = [scores_of(self.fitted, self.factors, batch) for batch in batches]
-        return Computed(torch.cat(found, dim=1), SolveReport())
+    @property
+    def looks(self) -> bool:
+        return bool(self.factors.layers)
+
+    def _of(self, batch: Batch) -> Float[Tensor, "m n"]:
+        return scores_of(self.fitted, self.factors, batch)
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,7 @@ class SelfScores:
 
     @property
     def alone(self) -> bool:
-        """As of :class:`FactorScores`."""
+        """As of :class:`PairScores`."""
         return solves_alone(self.fitted)
 
     def __call__(self, block: Block) -> Computed:
@@ -157,7 +162,7 @@ class FactorNorms:
 
     @property
     def alone(self) -> bool:
-        """As of :class:`FactorScores`, by right-hand sides."""
+        """As of :class:`PairScores`, by right-hand sides."""
         return not self.fitted.divided
 
     def __call__(self, block: Block) -> Computed:
@@ -200,7 +205,7 @@ class Preparation:
 
     @property
     def alone(self) -> bool:
-        """As of :class:`FactorScores`."""
+        """As of :class:`PairScores`."""
         return solves_alone(self.fitted) if self.rank is None else not self.fitted.divided
 
     def __call__(self, block: Block) -> Prepared:

@@ -204,9 +204,9 @@ def _output_gradients(problem: Problem, tape: Tape, rows: Float[Tensor, "s n ...
     ]
 
 
-def _one(pieces: Sequence[Tensor]) -> Tensor:
+def _one(pieces: list[Tensor]) -> Tensor:
     """All pieces, one after the other; a single one as it is."""
-    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def _in_form(
